@@ -1,0 +1,1 @@
+"""Measurements: each function makes its own input and returns plain numbers."""

@@ -1,0 +1,73 @@
+"""What the decoder asks of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+from jaxtyping import Array, Bool, Float, Int
+
+from llada_jax.model import KVCache, LLaDA2, init_cache
+
+
+class Denoiser(Protocol):
+    """A block denoiser with a cache. Implementations are hashable: they are static to ``jit``."""
+
+    @property
+    def mask_token_id(self) -> int:
+        """The id that stands for a position not yet filled."""
+        ...
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """Memory for ``batch`` rows of ``length`` tokens."""
+        ...
+
+    def forward(
+        self,
+        params: Any,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "#B T T"] | None,
+        cache: KVCache,
+        cache_length: Int[Array, " B"],
+        live: Bool[Array, "B T"],
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Hidden states of fresh tokens after a cached prefix, and their keys and values."""
+        ...
+
+    def logits(self, params: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Float32 scores over the vocabulary."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDenoiser:
+    """``LLaDA2`` as a ``Denoiser``; ``params`` is its weight tree."""
+
+    model: LLaDA2
+
+    @property
+    def mask_token_id(self) -> int:
+        """The configuration's ``mask_token_id``."""
+        return self.model.config.mask_token_id
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """A cache in the model's activation type."""
+        return init_cache(self.model.config, batch, length, self.model.dtype)
+
+    def forward(self, params, tokens, positions, mask, cache, cache_length, live):
+        """Runs the transformer; see ``LLaDA2.__call__``."""
+        out = self.model.apply(
+            {"params": params},
+            tokens,
+            positions,
+            mask=mask,
+            cache=cache,
+            cache_length=cache_length,
+            live=live,
+        )
+        return out.hidden, out.fresh
+
+    def logits(self, params, hidden):
+        """See ``LLaDA2.logits``."""
+        return self.model.apply({"params": params}, hidden, method="logits")

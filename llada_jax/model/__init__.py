@@ -1,0 +1,30 @@
+"""The LLaDA2-MoE model.
+
+Letters in array shapes, used throughout the project: B rows, T tokens of one forward pass,
+L length, S cache length, C block length, N query heads, K key/value heads, H head dim, D model,
+F feed-forward, E experts, V vocabulary, M tokens of a flattened batch.
+"""
+
+from llada_jax.model.cache import CACHE_AXES, KVCache, init_cache, write_cache
+from llada_jax.model.transformer import LLaDA2, ModelOutput
+from llada_jax.model.weights import (
+    ParameterCount,
+    WeightSpec,
+    count_parameters,
+    flatten_specs,
+    weight_specs,
+)
+
+__all__ = [
+    "CACHE_AXES",
+    "KVCache",
+    "LLaDA2",
+    "ModelOutput",
+    "ParameterCount",
+    "WeightSpec",
+    "count_parameters",
+    "flatten_specs",
+    "init_cache",
+    "weight_specs",
+    "write_cache",
+]

@@ -1,0 +1,63 @@
+"""Keys and values of committed blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from llada_jax.config import ModelConfig
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Attention memory of a batch.
+
+    Under block-causal attention the entries of block ``k`` depend on the tokens of blocks
+    ``<= k`` alone. Rows are read up to a length that the caller passes; what lies beyond it is
+    arbitrary. Invariant kept by the decoder: below that length, every entry comes from a forward
+    pass whose input was the final tokens.
+    """
+
+    keys: Float[Array, "layers B S K H"]
+    values: Float[Array, "layers B S K H"]
+
+
+# Logical axes of both arrays of the cache.
+CACHE_AXES = (None, "batch", None, "kv_heads", None)
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> KVCache:
+    """A zeroed cache for ``batch`` rows of ``length`` tokens."""
+    shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def write_cache(
+    cache: KVCache,
+    fresh: KVCache,
+    start: Int[Array, " B"],
+    write: Bool[Array, "B T"],
+) -> KVCache:
+    """Stores fresh entries at ``[start, start + T)`` of each row, where ``write`` is set.
+
+    Args:
+      cache: length ``S`` memory.
+      fresh: entries of ``T <= S`` tokens a row.
+      start: first position of each row; ``start + T <= S``.
+      write: which of the ``T`` entries to store; the others keep what the cache held.
+    """
+
+    def row(memory, new, at, keep):  # [layers, S, K, H], [layers, T, K, H]
+        at = (0, at, 0, 0)
+        old = jax.lax.dynamic_slice(memory, at, new.shape)
+        merged = jnp.where(keep[None, :, None, None], new.astype(memory.dtype), old)
+        return jax.lax.dynamic_update_slice(memory, merged, at)
+
+    rows = jax.vmap(row, in_axes=(1, 1, 0, 0), out_axes=1)
+    return KVCache(
+        rows(cache.keys, fresh.keys, start, write), rows(cache.values, fresh.values, start, write)
+    )

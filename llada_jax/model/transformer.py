@@ -1,0 +1,178 @@
+"""LLaDA2-MoE: a thin Linen module over the weights table and plain functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from llada_jax.config import ModelConfig
+from llada_jax.model.attention import attend, project_out, project_qkv
+from llada_jax.model.cache import KVCache
+from llada_jax.model.experts import mixture_of_experts
+from llada_jax.model.layers import contract, gated_mlp, rms_norm
+from llada_jax.model.rotary import rotary_tables
+from llada_jax.model.weights import WeightSpec, weight_specs
+
+
+@flax.struct.dataclass
+class ModelOutput:
+    """What a forward pass gives.
+
+    Attributes:
+      hidden: final normed hidden states; ``LLaDA2.logits`` turns them into scores.
+      fresh: keys and values of the input tokens, to be written to a cache.
+      layers: the residual stream after each layer, if it was asked for.
+    """
+
+    hidden: Float[Array, "B T D"]
+    fresh: KVCache
+    layers: Float[Array, "layers B T D"] | None = None
+
+
+class _Weights(nn.Module):
+    """Declares a sub-tree of the weights table and returns it as nested dictionaries."""
+
+    specs: dict[str, Any]
+    initializer_range: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self) -> dict[str, Any]:
+        tree: dict[str, Any] = {}
+        for name, spec in self.specs.items():
+            if isinstance(spec, WeightSpec):
+                tree[name] = self.param(
+                    name, spec.initialize, self.initializer_range, self.param_dtype
+                )
+            else:
+                tree[name] = _Weights(spec, self.initializer_range, self.param_dtype, name=name)()
+        return tree
+
+
+class LLaDA2(nn.Module):
+    """The LLaDA2-MoE language model.
+
+    Predictions are not shifted: the logits at position ``i`` predict the token at ``i``.
+
+    Attributes:
+      config: the architecture.
+      dtype: the activations' type; weights are cast to it where they are used.
+      param_dtype: the type of freshly initialised weights.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def setup(self):
+        self._groups = {
+            name: _Weights(spec, self.config.initializer_range, self.param_dtype, name=name)
+            for name, spec in weight_specs(self.config).items()
+        }
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        *,
+        mask: Bool[Array, "#B T T"] | None = None,
+        cache: KVCache | None = None,
+        cache_length: Int[Array, " B"] | None = None,
+        live: Bool[Array, "B T"] | None = None,
+        return_layers: bool = False,
+    ) -> ModelOutput:
+        """Runs the layers over fresh tokens, after an optional cached prefix.
+
+        Args:
+          tokens: token ids in ``[0, V)``.
+          positions: absolute positions; ``0 … T-1`` by default.
+          mask: which fresh tokens each fresh token sees; all of them by default.
+          cache: keys and values of earlier tokens, seen by every fresh token. Inference only.
+          cache_length: valid cache positions of each row; needed with ``cache``.
+          live: tokens whose result matters (see ``mixture_of_experts``).
+          return_layers: also return the residual stream after each layer.
+
+        Returns:
+          Hidden states, and the fresh tokens' keys and values.
+        """
+        config = self.config
+        weights = {name: group() for name, group in self._groups.items()}
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        cos, sin = rotary_tables(positions, config, self.dtype)
+
+        def layer(x, w, index, feed_forward):
+            with jax.named_scope("attention"):
+                normed = rms_norm(x, w["attention_norm"]["scale"], config.rms_norm_eps)
+                query, key, value = project_qkv(normed, w["attention"], cos, sin, config)
+                prefix = (None, None)
+                if cache is not None:
+                    prefix = tuple(
+                        jax.lax.dynamic_index_in_dim(memory, index, keepdims=False)
+                        for memory in (cache.keys, cache.values)
+                    )
+                mixed = attend(query, key, value, mask, *prefix, cache_length)
+                x = x + project_out(mixed, w["attention"]["out"])
+            with jax.named_scope("feed_forward"):
+                normed = rms_norm(x, w["mlp_norm"]["scale"], config.rms_norm_eps)
+                x = x + feed_forward(normed, w)
+            return x, (key, value, x if return_layers else None)
+
+        def stack(x, group, first_layer, feed_forward):
+            count = len(group["attention_norm"]["scale"])
+            index = jnp.arange(count)
+
+            def body(x, step):
+                w, i = step
+                return layer(x, w, first_layer + i, lambda n, w: feed_forward(n, w, i))
+
+            return jax.lax.scan(body, x, (group, index))
+
+        x = jnp.take(weights["embed"]["embedding"], tokens, axis=0).astype(self.dtype)
+        outputs = []
+        if config.num_dense_layers:
+            x, out = stack(
+                x, weights["dense_layers"], 0, lambda n, w, i: gated_mlp(n, w["mlp"])
+            )
+            outputs.append(out)
+        if config.num_moe_layers:
+            group, experts = weights["moe_layers"], None
+            if cache is not None:
+                # Read one layer's experts where they lie: a scan would copy them all out, of
+                # which a decoding step touches a part.
+                experts = group["moe"]["experts"]
+                group = group | {
+                    "moe": {k: v for k, v in group["moe"].items() if k != "experts"}
+                }
+
+            def moe(normed, w, i):
+                if experts is None:
+                    return mixture_of_experts(normed, w["moe"], config, live)
+                return mixture_of_experts(
+                    normed, w["moe"] | {"experts": experts}, config, live, layer=i
+                )
+
+            x, out = stack(x, group, config.num_dense_layers, moe)
+            outputs.append(out)
+        keys, values, layers = jax.tree.map(lambda *a: jnp.concatenate(a), *outputs)
+        hidden = rms_norm(x, weights["final_norm"]["scale"], config.rms_norm_eps)
+        return ModelOutput(hidden, KVCache(keys, values), layers)
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Scores over the vocabulary, float32; the product itself runs in ``dtype``."""
+        with jax.named_scope("lm_head"):
+            if self.config.tie_word_embeddings:
+                kernel = self._groups["embed"]()["embedding"].T
+            else:
+                kernel = self._groups["lm_head"]()["kernel"]
+            return contract("...d,dv->...v", hidden, kernel).astype(jnp.float32)
+
+    def init_params(self, key: Array) -> dict[str, Any]:
+        """Freshly initialised weights, as the nested dictionary that ``apply`` takes."""
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return jax.jit(lambda k: self.init(k, tokens)["params"])(key)

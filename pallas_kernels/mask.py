@@ -1,0 +1,66 @@
+"""Who may look at whom: the attention masks of block diffusion, as predicates.
+
+A predicate takes broadcastable integer arrays of query and key coordinates and returns booleans,
+so that a dense reference, a kernel and a test all share it.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Bool, Int
+
+
+def block_causal(
+    query: Int[Array, "*q"], key: Int[Array, "*k"], block_length: int
+) -> Bool[Array, "..."]:
+    """True where the key's block is not later than the query's (spec: 0/-inf mask, tril of blocks).
+
+    With ``block_length = 2`` and six positions (rows are queries)::
+
+        1 1 . . . .
+        1 1 . . . .
+        1 1 1 1 . .
+        1 1 1 1 . .
+        1 1 1 1 1 1
+        1 1 1 1 1 1
+
+    Args:
+      query: absolute positions of the queries.
+      key: absolute positions of the keys, broadcastable against ``query``.
+      block_length: tokens a block, a positive integer.
+    """
+    return key // block_length <= query // block_length
+
+
+def block_diffusion(
+    query: Int[Array, "*q"], key: Int[Array, "*k"], length: int, block_length: int
+) -> Bool[Array, "..."]:
+    """The training mask over ``[x_t ; x_0]``, both of ``length`` tokens (2.0 report, equation 3).
+
+    Noisy queries see their own noisy block and strictly earlier clean blocks; clean queries are
+    block-causal among themselves and never see the noisy half. With ``length = 4`` and
+    ``block_length = 2``::
+
+               x_t       x_0
+             1 1 . . | . . . .
+        x_t  1 1 . . | . . . .
+             . . 1 1 | 1 1 . .
+             . . 1 1 | 1 1 . .
+             --------+--------
+             . . . . | 1 1 . .
+        x_0  . . . . | 1 1 . .
+             . . . . | 1 1 1 1
+             . . . . | 1 1 1 1
+
+    Args:
+      query: indices of the queries into the ``2 * length`` tokens.
+      key: indices of the keys, broadcastable against ``query``.
+      length: tokens of one half.
+      block_length: tokens a block.
+    """
+    query_clean, key_clean = query >= length, key >= length
+    query_block = (query - length * query_clean) // block_length
+    key_block = (key - length * key_clean) // block_length
+    within_noisy = ~query_clean & ~key_clean & (query_block == key_block)
+    noisy_to_clean = ~query_clean & key_clean & (query_block > key_block)
+    within_clean = query_clean & key_clean & (query_block >= key_block)
+    return within_noisy | noisy_to_clean | within_clean
