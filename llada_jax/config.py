@@ -69,6 +69,11 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if field.type in ("float", "float | None") and getattr(self, field.name) is not None:
+                object.__setattr__(self, field.name, float(getattr(self, field.name)))
+
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> RopeScaling | None:
         """Reads ``rope_scaling``; ``None`` for the plain rotary embedding."""
@@ -138,6 +143,9 @@ class ModelConfig:
         def require(ok: bool, message: str):
             if not ok:
                 raise ConfigError(message)
+
+        for name in ("routed_scaling_factor", "rope_theta", "rms_norm_eps", "initializer_range"):
+            object.__setattr__(self, name, float(getattr(self, name)))
 
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim"):
             require(getattr(self, name) > 0, f"{name} = {getattr(self, name)} must be positive")

@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ from llada_jax.parallel import named_sharding
 
 STAGING_BYTES = 4 << 30
 
-Bounds = tuple[tuple[int, int], ...]  # one [start, stop) a dimension
+Bounds: TypeAlias = tuple[tuple[int, int], ...]  # one [start, stop) a dimension
 
 
 @dataclasses.dataclass
@@ -58,7 +58,7 @@ class _Part:
     cols: tuple[int, int]
     lead: Bounds
     transposed: bool
-    devices: list[jax.Device]
+    devices: list[Any]
     buffer: np.ndarray | None = None
 
     def holds(self, lead: tuple[int, ...]) -> bool:
@@ -133,7 +133,7 @@ def assemble(
                 _run(job, reader, tensors[job.piece.name], dtype, check_finite)
                 return _nbytes(job, tensors)
 
-            arrays: dict[jax.Device, jax.Array] = {}
+            arrays: dict[Any, jax.Array] = {}
             for batch, batch_jobs in zip(weight.batches, jobs[weight.path], strict=True):
                 for part in batch:
                     shape = tuple(b - a for a, b in part.bounds)
@@ -208,11 +208,15 @@ def _plan(
             parts[bounds] = _part(path, spec.shape, bounds, blocks[0])
         parts[bounds].devices.append(device)
     on_cpu = all(d.platform == "cpu" for p in parts.values() for d in p.devices)
-    size = max(1, math.prod(b - a for a, b in next(iter(parts))) * out.itemsize) if parts else 1
-    count = len(parts) if on_cpu else max(1, STAGING_BYTES // size)
-    ordered = list(parts.values())
-    batches = [ordered[i : i + count] for i in range(0, len(ordered), max(1, count))]
-    return _Weight(path, spec.shape, out, sharding, blocks, batches)
+    size = max((math.prod(b - a for a, b in bounds) for bounds in parts), default=0) * out.itemsize
+    groups = batches(list(parts.values()), size, on_cpu=on_cpu)
+    return _Weight(path, spec.shape, out, sharding, blocks, groups)
+
+
+def batches(parts: Sequence[Any], size: int, *, on_cpu: bool) -> list[list[Any]]:
+    """Splits parts of ``size`` bytes into those that are in host memory at the same time."""
+    count = max(1, len(parts) if on_cpu else STAGING_BYTES // max(1, size))
+    return [list(parts[i : i + count]) for i in range(0, len(parts), count)]
 
 
 def _part(path: str, shape: tuple[int, ...], bounds: Bounds, piece: Piece) -> _Part:

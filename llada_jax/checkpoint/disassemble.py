@@ -6,10 +6,12 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from llada_jax.checkpoint.errors import CheckpointError
 from llada_jax.checkpoint.folder import INDEX, SINGLE, split_names
@@ -21,34 +23,36 @@ from llada_jax.checkpoint.staging import write_json
 from llada_jax.config import ModelConfig
 from llada_jax.model.weights import flatten_specs, weight_specs
 
-Tensors = dict[str, tuple[np.dtype, tuple[int, ...]]]  # name -> precision, shape
+Tensors: TypeAlias = dict[str, tuple[np.dtype, tuple[int, ...]]]  # name -> precision, shape
 
 
-def check_params(config: ModelConfig, params: Mapping[str, jax.Array]) -> None:
-    """Compares (flat) parameters with those that the model has.
+def flat_params(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Flattens parameters to ``{path: array}``, after comparing them with the model's weights.
 
     Raises:
       CheckpointError: naming a missing, unexpected or mis-shaped weight, or one of a precision
         that safetensors export does not support.
     """
     specs = flatten_specs(weight_specs(config))
-    missing = [path for path in specs if path not in params]
-    unexpected = [path for path in params if path not in specs]
+    flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
+    missing = [path for path in specs if path not in flat]
+    unexpected = [path for path in flat if path not in specs]
     if missing or unexpected:
         raise CheckpointError(
             "the parameters are not those of this configuration: "
             f"missing {', '.join(missing) or 'none'}; unexpected {', '.join(unexpected) or 'none'}"
         )
     for path, spec in specs.items():
-        if tuple(params[path].shape) != spec.shape:
+        if tuple(flat[path].shape) != spec.shape:
             raise CheckpointError(
-                f"{path} has shape {list(params[path].shape)}, but the configuration asks for "
+                f"{path} has shape {list(flat[path].shape)}, but the configuration asks for "
                 f"{list(spec.shape)}"
             )
         try:
-            dtype_code(params[path].dtype)
+            dtype_code(flat[path].dtype)
         except (CheckpointError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be written: {error}") from error
+    return {path: flat[path] for path in specs}
 
 
 def plan_files(tensors: Tensors, max_bytes: int) -> dict[str, list[str]]:
@@ -80,7 +84,7 @@ def write_tensors(
     merged_experts: bool,
     progress: bool,
 ) -> None:
-    """Writes (flat) parameters as safetensors files, with an index if they are several.
+    """Writes flat parameters as safetensors files, with an index if they are several.
 
     Args:
       dtypes: precision of a tensor by its per-expert name, where it is not that of its weight.
@@ -133,7 +137,7 @@ def _write_block(writer: Writer, piece: Piece, block: np.ndarray, dtype: np.dtyp
     for row in range(0, piece.rows, step):
         rows = matrix[row : row + step]
         if piece.transposed:
-            straight = scratch(*rows.shape, rows.dtype)
+            straight = scratch(len(rows), piece.cols, rows.dtype)
             copy_matrix(straight, rows)
             rows = straight
         writer.write_rows(piece.name, piece.start + row, cast(rows, dtype))
@@ -155,12 +159,15 @@ def _host_blocks(array: jax.Array, blocks: tuple[Piece, ...]) -> Iterator[tuple[
         yield piece, values[piece.lead[1:]]
 
 
-def _to_host(array: jax.Array, layer: int | None) -> np.ndarray:
+def _to_host(array: jax.Array | np.ndarray, layer: int | None) -> np.ndarray:
     """One layer (or, with ``None``, all) of an array; a view where the array is on this CPU."""
+    if isinstance(array, np.ndarray):
+        return array if layer is None else array[layer]
     shards = [s for s in array.addressable_shards if s.replica_id == 0]
     if any(d.platform != "cpu" for d in array.sharding.device_set):
         # A new array each time: what np.asarray fetches stays attached to the array it is asked of.
-        return np.asarray(jnp.array(array, copy=True) if layer is None else _layer(array, layer))
+        fetched = jnp.array(array, copy=True) if layer is None else _layer(array, jnp.int32(layer))
+        return np.asarray(fetched)
     if len(shards) == 1:
         whole = np.asarray(shards[0].data)
         return whole if layer is None else whole[layer]
@@ -177,5 +184,5 @@ def _to_host(array: jax.Array, layer: int | None) -> np.ndarray:
 
 
 @jax.jit
-def _layer(array: jax.Array, layer: jax.Array | int) -> jax.Array:
+def _layer(array: jax.Array, layer: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)

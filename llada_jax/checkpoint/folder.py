@@ -62,13 +62,15 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
 
 
 def list_tensors(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
-    """Finds all tensors of a folder: through its index, or in ``model.safetensors``, or in all
-    ``*.safetensors`` files.
+    """Finds all tensors of a folder.
+
+    The index says where they are; without one, ``model.safetensors`` holds them all, or else all
+    ``*.safetensors`` files together do.
 
     Raises:
       CheckpointError: if there are none, a file is missing or damaged, or the index and the files
         contradict each other.
-    """  # noqa: D205
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"folder {folder} does not exist")
@@ -86,8 +88,8 @@ def list_tensors(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
         for name, info in read_header(file).items():
             if name in tensors:
                 raise CheckpointError(
-                    f"{name} is both in {tensors[name].file} and in {file}; remove one of the files,"
-                    f" or add {INDEX}"
+                    f"{name} is both in {tensors[name].file} and in {file}; remove one of the "
+                    f"files, or add {INDEX}"
                 )
             tensors[name] = info
     return tensors

@@ -9,11 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
 from jax.sharding import Mesh
 
 from llada_jax.checkpoint.assemble import assemble
-from llada_jax.checkpoint.disassemble import check_params, write_tensors
+from llada_jax.checkpoint.disassemble import flat_params, write_tensors
 from llada_jax.checkpoint.errors import CheckpointError
 from llada_jax.checkpoint.folder import check_tensors, list_tensors, read_config
 from llada_jax.checkpoint.keys import hf_names
@@ -103,9 +102,8 @@ def save_hf(
       CheckpointError: if the folder is not empty or cannot be written, or if parameters and
         configuration do not fit.
     """
-    flat: dict[str, jax.Array] = traverse_util.flatten_dict(params, sep="/")
-    check_params(config, flat)
-    if jax.process_count() > 1 and not all(a.is_fully_addressable for a in flat.values()):
+    flat = flat_params(config, params)
+    if not all(getattr(array, "is_fully_addressable", True) for array in flat.values()):
         raise CheckpointError(
             "the weights are spread over several processes; write them with save_native, and "
             "convert that folder in a single process"

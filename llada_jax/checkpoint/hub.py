@@ -43,8 +43,8 @@ def resolve_model(
         raise CheckpointError(f"folder {text} does not exist")
     if text.count("/") != 1:
         raise CheckpointError(
-            f"there is no folder {text!r} here, and it is not a hub id either; give a folder, or an "
-            "id such as 'inclusionAI/LLaDA2.1-mini'"
+            f"there is no folder {text!r} here, and it is not a hub id either; give a folder, or "
+            "an id such as 'inclusionAI/LLaDA2.1-mini'"
         )
     return _download(text, revision, cache_dir)
 
@@ -60,7 +60,10 @@ def _download(name: str, revision: str | None, cache_dir: str | os.PathLike[str]
         ) from error
     try:
         folder = huggingface_hub.snapshot_download(
-            name, revision=revision, cache_dir=cache_dir, allow_patterns=list(_DOWNLOAD)
+            name,
+            revision=revision,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            allow_patterns=list(_DOWNLOAD),
         )
     except errors.GatedRepoError as error:  # before RepositoryNotFoundError, its base class
         raise CheckpointError(
@@ -69,8 +72,8 @@ def _download(name: str, revision: str | None, cache_dir: str | os.PathLike[str]
         ) from error
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(
-            f"{name} has no revision {revision!r}; give a branch, tag or commit that its page lists,"
-            " or leave revision out"
+            f"{name} has no revision {revision!r}; give a branch, tag or commit that its page "
+            "lists, or leave revision out"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(

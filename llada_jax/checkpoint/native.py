@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from llada_jax.checkpoint.assemble import target_dtype, weight_sharding
-from llada_jax.checkpoint.disassemble import check_params
+from llada_jax.checkpoint.disassemble import flat_params
 from llada_jax.checkpoint.errors import CheckpointError
 from llada_jax.checkpoint.folder import read_config, read_json, tensor_dtypes, uneven_dtypes
 from llada_jax.checkpoint.keys import pieces
@@ -68,8 +68,7 @@ def save_native(
       CheckpointError: if the folder is not empty or cannot be written, or if parameters and
         configuration do not fit.
     """
-    flat: dict[str, jax.Array] = traverse_util.flatten_dict(params, sep="/")
-    check_params(config, flat)
+    flat = flat_params(config, params)
     uneven = uneven_dtypes(dtypes or {}, config, flat)
     marker = {
         "format": "llada_jax",
@@ -78,7 +77,7 @@ def save_native(
         "tensors": {name: dtype_code(dtype) for name, dtype in uneven.items()},
     }
     with staged_folder(Path(folder)) as temporary:
-        ocp.save(temporary / _PARAMS, flat)
+        ocp.save(str(temporary / _PARAMS), flat)
         if jax.process_index() == 0:
             raw = config.to_hf() if source_config is None else dict(source_config)
             write_json(temporary / "config.json", raw)
@@ -125,7 +124,7 @@ def load_native(
                     f"{path} in {folder} has shape {found.get(path)}, but config.json asks for "
                     f"{spec.shape}; use the config.json that it was written with"
                 )
-        flat = ocp.load(folder / _PARAMS, abstract)
+        flat = ocp.load(str(folder / _PARAMS), abstract)
     except CheckpointError:
         raise
     except Exception as error:  # orbax and tensorstore raise many types for a damaged folder
@@ -140,7 +139,7 @@ def load_native(
 
 
 def _saved_shapes(folder: Path) -> dict[str, Any]:
-    return ocp.metadata(folder / _PARAMS).metadata
+    return ocp.metadata(str(folder / _PARAMS)).metadata
 
 
 def _marker(folder: Path) -> dict[str, Any]:

@@ -143,7 +143,8 @@ def _parse(name: str, entry: Mapping[str, Any], file: Path, base: int) -> Tensor
     info = TensorInfo(name, file, DTYPES[code], shape, base + begin)
     if end - begin != info.nbytes:
         raise ValueError(
-            f"{name} of shape {list(shape)} in {code} is given {end - begin} bytes, not {info.nbytes}"
+            f"{name} of shape {list(shape)} in {code} is given {end - begin} bytes, not "
+            f"{info.nbytes}"
         )
     return info
 
@@ -173,7 +174,7 @@ class Reader:
           CheckpointError: if the file ends early or cannot be read.
         """
         handle = self._handle(info.file)
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = out.reshape(-1).view(np.uint8).data
         try:
             handle.seek(info.offset + first_row * out.shape[1] * info.dtype.itemsize)
             done = 0
@@ -239,7 +240,7 @@ class Writer:
         """Writes ``block`` ``[rows, cols]`` at row ``first_row`` of a tensor."""
         row_bytes = block.shape[1] * block.dtype.itemsize
         self._stream.seek(self._base + self._offsets[name] + first_row * row_bytes)
-        view = memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
+        view = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
         done = 0
         while done < len(view):
             done += self._stream.write(view[done:])

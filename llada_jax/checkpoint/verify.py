@@ -40,8 +40,8 @@ def compare(
     a: Float[jax.Array | np.ndarray, "*batch V"],
     b: Float[jax.Array | np.ndarray, "*batch V"],
     *,
-    hidden_a: Sequence[Float[jax.Array | np.ndarray, "..."]] = (),
-    hidden_b: Sequence[Float[jax.Array | np.ndarray, "..."]] = (),
+    hidden_a: Sequence[Float[jax.Array | np.ndarray, ...]] = (),
+    hidden_b: Sequence[Float[jax.Array | np.ndarray, ...]] = (),
 ) -> Agreement:
     """Compares two models' outputs on the same tokens, in float64.
 
@@ -100,8 +100,8 @@ def kl_divergence(
 
 
 def layer_drift(
-    hidden_a: Sequence[Float[jax.Array | np.ndarray, "..."]],
-    hidden_b: Sequence[Float[jax.Array | np.ndarray, "..."]],
+    hidden_a: Sequence[Float[jax.Array | np.ndarray, ...]],
+    hidden_b: Sequence[Float[jax.Array | np.ndarray, ...]],
 ) -> tuple[float, ...]:
     """Relative Frobenius distance of two models' hidden states, layer by layer.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
@@ -25,6 +25,7 @@ from llada_jax.model import write_cache
 from pallas_kernels import block_causal
 
 
+@no_type_check  # a pytree also holds tracers, shapes, shardings
 @flax.struct.dataclass
 class DecodeResult:
     """Finished canvases and what they took.
@@ -44,6 +45,7 @@ class DecodeResult:
     num_edits: Int[Array, " B"]
 
 
+@no_type_check  # a pytree also holds tracers, shapes, shardings
 @flax.struct.dataclass
 class StepRecord:
     """The forwards of one ``run``, in order; ``count`` of the R slots are used.

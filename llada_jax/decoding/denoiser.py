@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int
 
 from llada_jax.model import KVCache, LLaDA2, init_cache
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """A block denoiser with a cache. Implementations are hashable: they are static to ``jit``."""
 

@@ -95,6 +95,8 @@ class SamplingParams:
             self._check_number(name, low, high, integer=True)
         for name, (low, high) in _REALS.items():
             self._check_number(name, low, high, integer=False)
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
         for name in ("ignore_eos", "eos_early_stop", "ban_mask", "return_trace"):
             if not isinstance(getattr(self, name), bool):
                 raise SamplingError(f"{name} = {getattr(self, name)!r} must be True or False")
@@ -115,7 +117,7 @@ class SamplingParams:
             if not isinstance(token, int) or token < 0:
                 raise SamplingError(f"stop_token_ids holds {token!r}; token ids are integers >= 0")
 
-    def _check_number(self, name: str, low: float, high: float, *, integer: bool):
+    def _check_number(self, name: str, low: int, high: float | int, *, integer: bool):
         value = getattr(self, name)
         if value is None and name in _OPTIONAL:
             return

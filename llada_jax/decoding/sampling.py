@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 
+@no_type_check  # a pytree also holds tracers, shapes, shardings
 @flax.struct.dataclass
 class Proposal:
     """What the model would write.
@@ -45,12 +47,13 @@ def adjust_logits(
 
 def propose_greedily(logits: Float[Array, "B T V"]) -> Proposal:
     """The argmax and its softmax probability."""
-    log_sum = jax.nn.logsumexp(logits, axis=-1)
-    probabilities = jnp.exp(logits - log_sum[..., None])
+    # Relative to the maximum: the probability of the argmax then keeps float32's full precision.
+    below = logits - logits.max(-1, keepdims=True)
+    odds = jnp.exp(below)
+    total = odds.sum(-1)
     # A banned logit is -inf: 0 * -inf must count as 0.
-    finite = jnp.where(jnp.isneginf(logits), 0.0, logits)
-    entropy = log_sum - (probabilities * finite).sum(-1)
-    return Proposal(jnp.argmax(logits, axis=-1), jnp.exp(logits.max(-1) - log_sum), entropy)
+    entropy = jnp.log(total) - jnp.where(odds > 0, odds * below, 0.0).sum(-1) / total
+    return Proposal(jnp.argmax(logits, axis=-1), 1 / total, entropy)
 
 
 def filter_logits(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from typing import no_type_check
 
 import flax.struct
 import jax
@@ -25,6 +26,7 @@ class Phase(enum.IntEnum):
     REWRITE_WINDOW = 4  # store their keys and values anew, block-causally
 
 
+@no_type_check  # a pytree also holds tracers, shapes, shardings
 @flax.struct.dataclass
 class RowSettings:
     """``SamplingParams`` of each row, as arrays; see there for the meaning.
@@ -105,6 +107,7 @@ class RowSettings:
         )
 
 
+@no_type_check  # a pytree also holds tracers, shapes, shardings
 @flax.struct.dataclass
 class DecodeState:
     """Everything that a row is, between two forward passes. S is a multiple of the block length.

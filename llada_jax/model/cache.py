@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llada_jax.config import ModelConfig
 
 
+@no_type_check  # a pytree also holds tracers, shapes, shardings
 @flax.struct.dataclass
 class KVCache:
     """Attention memory of a batch.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.linen as nn
 import flax.struct
@@ -19,6 +19,7 @@ from llada_jax.model.rotary import rotary_tables
 from llada_jax.model.weights import WeightSpec, weight_specs
 
 
+@no_type_check  # a pytree also holds tracers, shapes, shardings
 @flax.struct.dataclass
 class ModelOutput:
     """What a forward pass gives.

@@ -77,7 +77,8 @@ class HFTokenizer:
         self.eos_token_id: int | None = agreed_eos_id(names.eos, eos_token_ids, id_of, file)
         pad = id_of(names.pad) if names.pad is not None else None
         self.pad_token_id: int | None = pad if pad is not None else self.eos_token_id
-        self.vocab_size: int = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+        ids = tokenizer.get_vocab(with_added_tokens=True).values()
+        self.vocab_size: int = 1 + max(ids, default=-1)
         special = {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
         named = (*map(id_of, known), mask, self.eos_token_id)
         special |= {token for token in named if token is not None}

@@ -46,9 +46,10 @@ class SpecialNames:
         roles = ("mask_token", "eos_token", "pad_token", "unk_token")
         others = [name for key, name in found.items() if key not in roles]
         for key in ("additional_special_tokens", "extra_special_tokens"):
-            listed = merged.get(key, ())
-            items = listed.values() if isinstance(listed, Mapping) else listed
-            others += [name for name in map(content, items) if name]
+            listed = merged.get(key)
+            items = list(listed.values()) if isinstance(listed, Mapping) else listed
+            if isinstance(items, list):
+                others += [name for name in map(content, items) if name]
         return cls(
             mask=found.get("mask_token"),
             eos=found.get("eos_token"),

@@ -2,6 +2,7 @@
 
 import hypothesis.strategies as st
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import given
 from tokenizers import models, normalizers, pre_tokenizers
@@ -11,6 +12,7 @@ from llada_jax.text import (
     HFTokenizer,
     SentencePieceTokenizer,
     SpecialNames,
+    StreamDecoder,
     Tokenizer,
     TokenizerError,
 )
@@ -121,6 +123,29 @@ def test_spm_names_by_default(spm_file):
     assert other.mask_token_id not in other.encode("a</role>b")
     assert other.decode(other.encode("a</role>b")) == "a</role>b"
     assert other.token_text(other.eos_token_id) == "<s>"
+
+
+def test_spm_that_normalizes(tmp_path):
+    """Sentencepiece's default training: BPE here, NFKC, spaces collapsed, no byte fallback."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["abba ba mask", "< | > ab", "sa ma ka"] * 9),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=40,
+        hard_vocab_limit=False,
+        user_defined_symbols=["<|mask|>", "<role>"],
+        minloglevel=2,
+    )
+    tokenizer = SentencePieceTokenizer(tmp_path / "tokenizer.model")
+    for text in ("ab<|mask|>ba", "ab＜｜ｍask｜＞ba"):
+        assert tokenizer.mask_token_id not in tokenizer.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == "ab<|mask|>ba"
+    assert tokenizer.decode(tokenizer.encode(" ab  ba ")) == "ab ba"
+    inside = tokenizer.encode("<role> ab  ba ")
+    assert tokenizer.decode(inside, skip_special_tokens=False) == "<role> ab  ba "
+    stream = StreamDecoder(tokenizer)
+    pieces = [stream.push([token]) for token in tokenizer.encode("ab ba 語 ma" * 40)]
+    assert "".join(pieces) == tokenizer.decode(tokenizer.encode("ab ba 語 ma" * 40))
 
 
 def test_mask_made_by_a_normalizer(tmp_path):
