@@ -69,11 +69,6 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
 
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if field.type in ("float", "float | None") and getattr(self, field.name) is not None:
-                object.__setattr__(self, field.name, float(getattr(self, field.name)))
-
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> RopeScaling | None:
         """Reads ``rope_scaling``; ``None`` for the plain rotary embedding."""
@@ -96,7 +91,7 @@ class RopeScaling:
             raise ConfigError(f"rope_scaling of type {kind!r} needs a factor")
         if kind == "llama3" and raw.get("original_max_position_embeddings") is None:
             raise ConfigError("rope_scaling of type 'llama3' needs original_max_position_embeddings")
-        return cls(rope_type=kind, **raw)
+        return cls(rope_type=kind, **_as_declared(cls, raw))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +139,6 @@ class ModelConfig:
             if not ok:
                 raise ConfigError(message)
 
-        for name in ("routed_scaling_factor", "rope_theta", "rms_norm_eps", "initializer_range"):
-            object.__setattr__(self, name, float(getattr(self, name)))
 
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim"):
             require(getattr(self, name) > 0, f"{name} = {getattr(self, name)} must be positive")
@@ -253,7 +246,7 @@ class ModelConfig:
             eos = raw.get("pad_token_id", EOS_TOKEN_ID)
         values["eos_token_ids"] = tuple(eos) if isinstance(eos, Sequence) else (int(eos),)
         values.setdefault("pad_token_id", values["eos_token_ids"][0])
-        return cls(**values)
+        return cls(**_as_declared(cls, values))
 
     def to_hf(self) -> dict[str, Any]:
         """The ``config.json`` object that ``from_hf`` reads back to an equal configuration."""
@@ -300,6 +293,15 @@ class ModelConfig:
                     f"YAML file, or one of {', '.join(known)}"
                 )
         return cls.from_hf(read_mapping(path))
+
+
+def _as_declared(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON writes whole floats as integers; a field declared ``float`` gets one."""
+    real = {field.name for field in dataclasses.fields(cls) if str(field.type).startswith("float")}
+    return {
+        name: float(value) if name in real and value is not None else value
+        for name, value in values.items()
+    }
 
 
 def _rotary_dim(raw: Mapping[str, Any], rope: Mapping[str, Any], head_dim: int) -> int:

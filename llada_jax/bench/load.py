@@ -20,7 +20,7 @@ from llada_jax.config import ModelConfig
 _CHILD = "import sys; from llada_jax.bench.load import _child; _child(sys.argv[1])"
 
 
-def bench_load(gigabytes: float = 2.0, merged_experts: bool = False) -> dict[str, float]:
+def bench_load(gigabytes: float = 2.0, merged_experts: bool = False) -> dict[str, int | float]:
     """Imports a made-up checkpoint in a process of its own, on the CPU.
 
     The checkpoint is bfloat16 and nearly all routed experts (in two layers), so that its weights

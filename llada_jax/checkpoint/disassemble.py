@@ -23,10 +23,11 @@ from llada_jax.checkpoint.staging import write_json
 from llada_jax.config import ModelConfig
 from llada_jax.model.weights import flatten_specs, weight_specs
 
+Array: TypeAlias = jax.Array | np.ndarray
 Tensors: TypeAlias = dict[str, tuple[np.dtype, tuple[int, ...]]]  # name -> precision, shape
 
 
-def flat_params(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, jax.Array]:
+def flat_params(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Array]:
     """Flattens parameters to ``{path: array}``, after comparing them with the model's weights.
 
     Raises:
@@ -77,7 +78,7 @@ def plan_files(tensors: Tensors, max_bytes: int) -> dict[str, list[str]]:
 def write_tensors(
     folder: Path,
     config: ModelConfig,
-    params: Mapping[str, jax.Array],
+    params: Mapping[str, Array],
     *,
     dtypes: Mapping[str, np.dtype],
     max_shard_bytes: int,
@@ -111,7 +112,7 @@ def write_tensors(
 
 def _tensors(
     config: ModelConfig,
-    params: Mapping[str, jax.Array],
+    params: Mapping[str, Array],
     blocks: Mapping[str, tuple[Piece, ...]],
     dtypes: Mapping[str, np.dtype],
     merged: bool,
@@ -144,7 +145,7 @@ def _write_block(writer: Writer, piece: Piece, block: np.ndarray, dtype: np.dtyp
     return piece.rows * piece.cols * dtype.itemsize
 
 
-def _host_blocks(array: jax.Array, blocks: tuple[Piece, ...]) -> Iterator[tuple[Piece, np.ndarray]]:
+def _host_blocks(array: Array, blocks: tuple[Piece, ...]) -> Iterator[tuple[Piece, np.ndarray]]:
     """All blocks of a weight in host memory, at most one layer of it at a time."""
     if not blocks[0].lead:
         yield blocks[0], _to_host(array, None)
@@ -159,7 +160,7 @@ def _host_blocks(array: jax.Array, blocks: tuple[Piece, ...]) -> Iterator[tuple[
         yield piece, values[piece.lead[1:]]
 
 
-def _to_host(array: jax.Array | np.ndarray, layer: int | None) -> np.ndarray:
+def _to_host(array: Array, layer: int | None) -> np.ndarray:
     """One layer (or, with ``None``, all) of an array; a view where the array is on this CPU."""
     if isinstance(array, np.ndarray):
         return array if layer is None else array[layer]

@@ -189,7 +189,9 @@ def tensor_dtypes(folder: str | os.PathLike[str], config: ModelConfig) -> dict[s
 
 
 def uneven_dtypes(
-    dtypes: Mapping[str, np.dtype], config: ModelConfig, params: Mapping[str, jax.Array]
+    dtypes: Mapping[str, np.dtype],
+    config: ModelConfig,
+    params: Mapping[str, jax.Array | np.ndarray],
 ) -> dict[str, np.dtype]:
     """Those of ``dtypes`` that differ from the precision of the (flat) weight they went into."""
 

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from llada_jax.checkpoint.assemble import assemble
-from llada_jax.checkpoint.disassemble import flat_params, write_tensors
+from llada_jax.checkpoint.disassemble import Array, flat_params, write_tensors
 from llada_jax.checkpoint.errors import CheckpointError
 from llada_jax.checkpoint.folder import check_tensors, list_tensors, read_config
 from llada_jax.checkpoint.keys import hf_names
@@ -126,7 +125,7 @@ def save_hf(
 def _config_json(
     config: ModelConfig,
     source: Mapping[str, Any] | None,
-    flat: Mapping[str, jax.Array],
+    flat: Mapping[str, Array],
     merged: bool,
 ) -> dict[str, Any]:
     if source is None:

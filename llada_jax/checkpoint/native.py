@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from llada_jax.checkpoint.assemble import target_dtype, weight_sharding
@@ -94,6 +94,9 @@ def load_native(
     check_finite: bool = True,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Restores what ``save_native`` wrote, onto any mesh; arguments as for ``load_hf``.
+
+    Orbax needs up to twice the size of the weights in host memory while it restores (``load_hf``
+    needs them once).
 
     Raises:
       CheckpointError: if the folder is damaged, or holds another model.
@@ -189,10 +192,13 @@ def stored_dtypes(
     }
 
 
-def _refuse_not_finite(folder: Path, config: ModelConfig, flat: Mapping[str, jax.Array]) -> None:
-    for path, array in flat.items():
-        for piece in [] if bool(_finite(array)) else pieces(config)[path]:
-            if not bool(_finite(array[piece.lead])):
+def _refuse_not_finite(folder: Path, config: ModelConfig, flat: dict[str, jax.Array]) -> None:
+    blocks = pieces(config)
+    for path, finite in _finite_blocks(
+        flat, {p: len(b[0].lead) for p, b in blocks.items()}
+    ).items():
+        for piece in blocks[path]:
+            if not finite[piece.lead]:
                 raise CheckpointError(
                     f"{path}{list(piece.lead)} ({piece.name}) in {folder} holds NaN or infinity; "
                     "the training diverged, or dtype is too narrow: use an earlier checkpoint, or "
@@ -200,6 +206,16 @@ def _refuse_not_finite(folder: Path, config: ModelConfig, flat: Mapping[str, jax
                 )
 
 
-@jax.jit
-def _finite(array: jax.Array) -> jax.Array:
-    return jnp.isfinite(array).all()
+def _finite_blocks(flat: dict[str, jax.Array], rank: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """For each weight, whether each of its blocks is finite; one program for all of them."""
+
+    def blocks(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {
+            path: jnp.isfinite(array).all(axis=tuple(range(rank[path], array.ndim)))
+            for path, array in flat.items()
+        }
+
+    sharding = next(iter(flat.values())).sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())  # every process sees all of it
+    return jax.tree.map(np.asarray, jax.jit(blocks, out_shardings=sharding)(flat))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, no_type_check
 
 from llada_jax.config import unknown_field_message
 
@@ -25,6 +25,7 @@ class SamplingError(ValueError):
     """A request that cannot be honoured; the message names the field, its value and the way out."""
 
 
+@no_type_check  # checks its fields itself, with better messages
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How one prompt is continued. Defaults are LLaDA2.1's quality mode.
@@ -95,8 +96,6 @@ class SamplingParams:
             self._check_number(name, low, high, integer=True)
         for name, (low, high) in _REALS.items():
             self._check_number(name, low, high, integer=False)
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, float(getattr(self, name)))
         for name in ("ignore_eos", "eos_early_stop", "ban_mask", "return_trace"):
             if not isinstance(getattr(self, name), bool):
                 raise SamplingError(f"{name} = {getattr(self, name)!r} must be True or False")

@@ -19,21 +19,21 @@ class KVCache:
 
     Under block-causal attention the entries of block ``k`` depend on the tokens of blocks
     ``<= k`` alone. Rows are read up to a length that the caller passes; what lies beyond it is
-    arbitrary. Invariant kept by the decoder: below that length, every entry comes from a forward
+    arbitrary, but finite. Invariant kept by the decoder: below that length, every entry comes from a forward
     pass whose input was the final tokens.
     """
 
-    keys: Float[Array, "layers B S K H"]
-    values: Float[Array, "layers B S K H"]
+    keys: Float[Array, "layers B K S H"]
+    values: Float[Array, "layers B K S H"]
 
 
 # Logical axes of both arrays of the cache.
-CACHE_AXES = (None, "batch", None, "kv_heads", None)
+CACHE_AXES = (None, "batch", "kv_heads", None, None)
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> KVCache:
     """A zeroed cache for ``batch`` rows of ``length`` tokens."""
-    shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
@@ -52,10 +52,10 @@ def write_cache(
       write: which of the ``T`` entries to store; the others keep what the cache held.
     """
 
-    def row(memory, new, at, keep):  # [layers, S, K, H], [layers, T, K, H]
-        at = (0, at, 0, 0)
+    def row(memory, new, at, keep):  # [layers, K, S, H], [layers, K, T, H]
+        at = (0, 0, at, 0)
         old = jax.lax.dynamic_slice(memory, at, new.shape)
-        merged = jnp.where(keep[None, :, None, None], new.astype(memory.dtype), old)
+        merged = jnp.where(keep[None, None, :, None], new.astype(memory.dtype), old)
         return jax.lax.dynamic_update_slice(memory, merged, at)
 
     rows = jax.vmap(row, in_axes=(1, 1, 0, 0), out_axes=1)

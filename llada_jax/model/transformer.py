@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, no_type_check
 
 import flax.linen as nn
@@ -38,7 +39,7 @@ class ModelOutput:
 class _Weights(nn.Module):
     """Declares a sub-tree of the weights table and returns it as nested dictionaries."""
 
-    specs: dict[str, Any]
+    specs: Mapping[str, Any]
     initializer_range: float
     param_dtype: Any
 

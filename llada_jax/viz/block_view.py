@@ -48,14 +48,20 @@ class BlockView:
         self._unmasked: set[int] = set()  # positions that the last step filled
         self._edited: set[int] = set()
         self._live_from = len(prompt) // block_length * block_length  # first position drawn live
-        self._partial = self._shown_prompt(prompt[: self._live_from])  # last row, incomplete
+        self._prompt_text = TextSoFar(tokenizer, skip_special_tokens=False)
+        opening = self._prompt_text.push(prompt[: self._live_from])
+        if len(opening) > _PROMPT_SHOWN:
+            opening = "..." + opening[-_PROMPT_SHOWN:]
+        rows = wrap([Cell(opening, State.PROMPT)], width, glyphs)
+        self.opening = [draw_row(row) for row in rows[:-1]]  # to be printed above the view
+        self._partial = rows[-1]  # the last row of finished text, incomplete
 
     def step(self, step: TraceStep) -> None:
         """Takes one forward pass."""
         self.forwards += step.phase in (Phase.DENOISE, Phase.EDIT_WINDOW)
         self.block_index = step.block_index
         end = step.start + len(step.after)
-        self._canvas += [self._mask_token_id] * (end - len(self._canvas))
+        self._canvas += [self._mask_token_id] * (end - len(self._canvas))  # nothing if it is longer
         self._canvas[step.start : end] = step.after.tolist()
         self._unmasked = {step.start + int(i) for i in step.unmasked.nonzero()[0]}
         self._edited = {step.start + int(i) for i in step.edited.nonzero()[0]}
@@ -77,11 +83,17 @@ class BlockView:
         tail = self._canvas[self._live_from : self._prompt_length]
         self._live_from = max(upto, self._live_from)
         self._unmasked, self._edited = set(), set()
-        added = [self._prompt_cell(tail)] if tail else []
+        if tail:
+            shown = self._prompt_text.push(tail) + self._prompt_text.flush()
+            self._partial = [*self._partial, Cell(shown, State.PROMPT)]
         *complete, self._partial = wrap(
-            [*self._partial, *added, Cell(text, State.EARLIER)], self._width, self._glyphs
+            [*self._partial, Cell(text, State.EARLIER)], self._width, self._glyphs
         )
         return [draw_row(row) for row in complete]
+
+    def skip_to(self, position: int) -> None:
+        """Leaves out everything before ``position``."""
+        self._live_from, self._partial = position, []
 
     def cells(self) -> list[Cell]:
         """The tokens that may still change."""
@@ -92,9 +104,9 @@ class BlockView:
         ]
 
     def draft(self, max_rows: int | None = None) -> Text:
-        """The incomplete row and the draft, with markers; the last ``max_rows`` if there are more."""
+        """The incomplete row and the draft, with markers; at most the last ``max_rows`` rows."""
         rows = wrap([*self._partial, *self.cells()], self._width, self._glyphs)
-        lines = [line for row in rows for line in (draw_row(row), self._markers(row))]
+        lines = [line for row in rows for line in (draw_row(row), draw_markers(row, self._glyphs))]
         if max_rows is not None and len(lines) > max_rows:
             lines = lines[-(max_rows // 2 * 2) :]
         return Text("\n").join(lines)
@@ -102,9 +114,6 @@ class BlockView:
     def rest(self) -> Text:
         """The last row of the finished text."""
         return draw_row(self._partial)
-
-    def _markers(self, row: Sequence[Cell]) -> Text:
-        return draw_markers(row, self._glyphs)
 
     def _state(self, position: int, token: int) -> State:
         if position < self._prompt_length:
@@ -115,37 +124,28 @@ class BlockView:
             return State.EDITED
         return State.FILLED if position in self._unmasked else State.EARLIER
 
-    def _shown_prompt(self, tokens: Sequence[int]) -> list[Cell]:
-        if not tokens:
-            return []
-        cell = self._prompt_cell(tokens)
-        if len(cell.text) > _PROMPT_SHOWN:
-            cell = Cell("... " + cell.text[-_PROMPT_SHOWN:], State.PROMPT)
-        return [cell]
-
-    def _prompt_cell(self, tokens: Sequence[int]) -> Cell:
-        return Cell(text_of(tokens, self._tokenizer), State.PROMPT)
-
-
-def text_of(tokens: Sequence[int], tokenizer: Tokenizer | None) -> str:
-    """Text with special tokens by name, or ids with a space behind each."""
-    if tokenizer is None:
-        return "".join(f"{token} " for token in tokens)
-    return tokenizer.decode(list(tokens), skip_special_tokens=False)
-
 
 class TextSoFar:
-    """Turns tokens that become final into text, piece by piece, as ``text_of`` would at once."""
+    """Turns tokens that become final into text, piece by piece.
 
-    def __init__(self, tokenizer: Tokenizer | None):
-        self._decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
+    Args:
+      tokenizer: ``None`` writes ids with a space behind each.
+      skip_special_tokens: leave special tokens out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, *, skip_special_tokens: bool = True):
+        self._decoder = (
+            StreamDecoder(tokenizer, skip_special_tokens=skip_special_tokens)
+            if tokenizer is not None
+            else None
+        )
 
     def push(self, tokens: Sequence[int]) -> str:
-        """The text of further tokens; special ones are left out."""
+        """The text that further tokens complete."""
         if self._decoder is None:
-            return text_of(tokens, None)
+            return "".join(f"{token} " for token in tokens)
         return self._decoder.push(tokens)
 
     def flush(self) -> str:
-        """What was held back."""
+        """What was held back; the next text begins anew."""
         return "" if self._decoder is None else self._decoder.flush()

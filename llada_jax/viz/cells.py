@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 from collections.abc import Iterator, Sequence
 
 from rich.cells import cell_len
@@ -145,16 +146,18 @@ def _characters(cells: Sequence[Cell], glyphs: Glyphs) -> Iterator[tuple[str, St
 
 def draw_row(row: Sequence[Cell]) -> Text:
     """The tokens of one row."""
-    line = Text(no_wrap=True, overflow="ignore", end="")
-    for cell in row:
-        line.append(cell.text, STYLES[cell.state])
-    return line
+    return _draw([(cell.text, cell.state) for cell in row])
 
 
 def draw_markers(row: Sequence[Cell], glyphs: Glyphs) -> Text:
     """The markers below one row."""
-    line = Text(no_wrap=True, overflow="ignore", end="")
-    for cell in row:
-        line.append(glyphs.markers[cell.state] * cell_len(cell.text), STYLES[cell.state])
+    line = _draw([(glyphs.markers[c.state] * cell_len(c.text), c.state) for c in row])
     line.rstrip()
+    return line
+
+
+def _draw(pieces: Sequence[tuple[str, State]]) -> Text:
+    line = Text(no_wrap=True, overflow="ignore")
+    for state, run in itertools.groupby(pieces, key=lambda piece: piece[1]):
+        line.append("".join(text for text, _ in run), STYLES[state])
     return line

@@ -146,9 +146,7 @@ def twin(c: ModelConfig, t: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             if stack == "dense_layers":
                 put(f"mlp/{part}/kernel", t[f"{p}.mlp.{part}_proj.weight"].T)
                 continue
-            experts = [
-                t[f"{p}.mlp.experts.{e}.{part}_proj.weight"].T for e in range(c.num_experts)
-            ]
+            experts = [t[f"{p}.mlp.experts.{e}.{part}_proj.weight"].T for e in range(c.num_experts)]
             put(f"moe/experts/{part}", np.stack(experts))
             if c.num_shared_experts:
                 put(f"moe/shared/{part}/kernel", t[f"{p}.mlp.shared_experts.{part}_proj.weight"].T)
@@ -170,7 +168,9 @@ def merge(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.n
     return out
 
 
-def write(folder: Path, config: ModelConfig, tensors: dict[str, np.ndarray], files: int = 1) -> Path:
+def write(
+    folder: Path, config: ModelConfig, tensors: dict[str, np.ndarray], files: int = 1
+) -> Path:
     """Writes a checkpoint with the ``safetensors`` package, tensors dealt over ``files`` files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_hf()))

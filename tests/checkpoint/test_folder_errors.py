@@ -59,7 +59,9 @@ def test_mixed_expert_layouts(tmp_path):
 
 def test_unexpected_tensor(tmp_path):
     tensors = make_tensors(CONFIG) | {"model.mtp.weight": np.zeros(3, np.float32)}
-    fails(write(tmp_path / "m", CONFIG, tensors), "model.mtp.weight (model.safetensors)", "no place")
+    fails(
+        write(tmp_path / "m", CONFIG, tensors), "model.mtp.weight (model.safetensors)", "no place"
+    )
 
 
 def test_unexpected_tensor_outside_the_index(tmp_path):
@@ -103,19 +105,21 @@ def test_index_names_a_file_that_is_not_there(tmp_path):
 
 def test_index_names_a_file_elsewhere(tmp_path):
     folder = write(tmp_path / "m", CONFIG, make_tensors(CONFIG), files=2)
-    edit_index(
-        folder, lambda i: i["weight_map"].update({"lm_head.weight": "../other.safetensors"})
-    )
+    edit_index(folder, lambda i: i["weight_map"].update({"lm_head.weight": "../other.safetensors"}))
     fails(folder, INDEX, "not a file of its folder")
 
 
 def test_index_and_file_contradict_each_other(tmp_path):
     folder = write(tmp_path / "m", CONFIG, make_tensors(CONFIG), files=2)
-    edit_index(folder, lambda i: i["weight_map"].update({"ghost": i["weight_map"]["lm_head.weight"]}))
+    edit_index(
+        folder, lambda i: i["weight_map"].update({"ghost": i["weight_map"]["lm_head.weight"]})
+    )
     fails(folder, INDEX, "ghost is in model-", "but it is not")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}']
+)
 def test_damaged_index(tmp_path, text):
     folder = write(tmp_path / "m", CONFIG, make_tensors(CONFIG), files=2)
     (folder / INDEX).write_text(text)

@@ -1,6 +1,7 @@
 """The key table against the released index and against the twin."""
 
 import gzip
+import itertools
 import json
 import math
 from pathlib import Path
@@ -74,9 +75,7 @@ def test_tensors_are_listed_in_the_order_of_the_model():
     shared=st.integers(0, 2),
     flags=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
 )
-def test_every_row_of_every_tensor_has_one_owner(
-    layers, dense, kv, repeat, experts, shared, flags
-):
+def test_every_row_of_every_tensor_has_one_owner(layers, dense, kv, repeat, experts, shared, flags):
     merged, bias, qkv_bias, tied = flags
     config = make_config(
         num_hidden_layers=layers,
@@ -102,5 +101,5 @@ def test_every_row_of_every_tensor_has_one_owner(
     for name, ranges in rows.items():
         ranges.sort()
         assert ranges[0][0] == 0
-        assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False)), name
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges)), name
     assert rows.keys() == hf_names(config, merged).keys()

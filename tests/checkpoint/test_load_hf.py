@@ -26,9 +26,7 @@ def assert_equals_twin(params, config, tensors):
     for path, value in expected.items():
         assert isinstance(found[path], jax.Array)
         assert found[path].dtype == value.dtype, path
-        np.testing.assert_array_equal(
-            np.asarray(found[path]), value, err_msg=path, strict=True
-        )
+        np.testing.assert_array_equal(np.asarray(found[path]), value, err_msg=path, strict=True)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -180,15 +178,15 @@ def test_only_rows_of_local_devices_are_read(tmp_path, monkeypatch):
     def only_local(self, shape):
         return {d: index for d, index in real(self, shape).items() if d in local}
 
-    monkeypatch.setattr(
-        jax.sharding.NamedSharding, "addressable_devices_indices_map", only_local
-    )
+    monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", only_local)
     monkeypatch.setattr(
         assemble_module.jax, "make_array_from_single_device_arrays", lambda *a, **k: jnp.zeros(1)
     )
     reads = record_reads(monkeypatch)
     load_hf(folder, mesh=mesh)
-    experts = {name.split(".experts.")[1].split(".")[0] for name, *_ in reads if ".experts." in name}
+    experts = {
+        name.split(".experts.")[1].split(".")[0] for name, *_ in reads if ".experts." in name
+    }
     assert experts == {"0", "1", "2", "3"}
     qkv = sorted(r[1:] for r in reads if r[0] == "model.layers.0.attention.query_key_value.weight")
     assert qkv == [(0, 16), (32, 8), (48, 8)]  # 2 of 4 query heads of 8, 1 of 2 key, value heads

@@ -54,22 +54,24 @@ def test_counting_checkpoint_comes_back_byte_by_byte(tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (COUNTING / name).read_bytes()
 
 
-@pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("dtype", [F32, F16, bias_in_fp32], ids=["f32", "f16", "bf16"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_round_trip(tmp_path, variant, dtype, merged):
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [(variant, bias_in_fp32) for variant in VARIANTS] + [("plain", F32), ("biases", F16)],
+    ids=[*VARIANTS, "f32", "f16"],
+)
+def test_round_trip(tmp_path, variant, dtype):
     config = make_config(**VARIANTS[variant])
-    tensors = make_tensors(config, dtype)
-    other = merge(config, tensors)
-    folder = write(tmp_path / "in", config, other if merged else tensors)
-    _, params = load_hf(folder)
-    save_hf(tmp_path / "same", config, params, merged_experts=merged)
-    same_bytes(read(tmp_path / "same"), other if merged else tensors)
-    save_hf(tmp_path / "other", config, params, merged_experts=not merged)
-    same_bytes(read(tmp_path / "other"), tensors if merged else other)
+    split = make_tensors(config, dtype)
+    merged = merge(config, split)
+    for name, stored in (("split", split), ("merged", merged)):
+        _, params = load_hf(write(tmp_path / name, config, stored))
+        save_hf(tmp_path / f"{name}-split", config, params)
+        same_bytes(read(tmp_path / f"{name}-split"), split)
+        save_hf(tmp_path / f"{name}-merged", config, params, merged_experts=True)
+        same_bytes(read(tmp_path / f"{name}-merged"), merged)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**31), limit=st.sampled_from([1, 700, 5000, 10**9]))
 def test_any_mixture_of_precisions_comes_back(tmp_path_factory, seed, limit):
     rng = np.random.default_rng(seed)
@@ -78,9 +80,7 @@ def test_any_mixture_of_precisions_comes_back(tmp_path_factory, seed, limit):
     base = tmp_path_factory.mktemp("mixed")
     folder = write(base / "in", config, tensors, files=1 + seed % 3)
     _, params = load_hf(folder)
-    save_hf(
-        base / "out", config, params, dtypes=stored_dtypes(folder), max_shard_bytes=limit
-    )
+    save_hf(base / "out", config, params, dtypes=stored_dtypes(folder), max_shard_bytes=limit)
     same_bytes(read(base / "out"), tensors)
 
 
@@ -237,18 +237,18 @@ def test_missing_extra_file(tmp_path, loaded):
 
 def test_parameters_that_do_not_fit(tmp_path, loaded):
     config, params = loaded
+    changed = {k: v for k, v in params.items() if k != "lm_head"} | {"extra": {"scale": 0}}
     with pytest.raises(CheckpointError, match=r"missing lm_head/kernel; unexpected extra/scale"):
-        changed = {k: v for k, v in params.items() if k != "lm_head"}
-        save_hf(tmp_path / "out", config, changed | {"extra": {"scale": jnp.zeros(3)}})
+        save_hf(tmp_path / "out", config, changed)
     with pytest.raises(CheckpointError, match=r"final_norm/scale has shape \[3\]"):
         save_hf(tmp_path / "out", config, params | {"final_norm": {"scale": jnp.zeros(3)}})
+    bad = {"scale": jnp.zeros(16, jnp.int8)}
     with pytest.raises(CheckpointError, match=r"final_norm/scale cannot be written: .*int8"):
-        bad = {"scale": jnp.zeros(16, jnp.int8)}
         save_hf(tmp_path / "out", config, params | {"final_norm": bad})
     other = make_config(num_experts=4, n_group=1).to_hf()
     with pytest.raises(CheckpointError, match="source_config describes other weights"):
         save_hf(tmp_path / "out", config, params, source_config=other)
-    with pytest.raises(CheckpointError, match="source_config: .*model_type"):
+    with pytest.raises(CheckpointError, match=r"source_config: .*model_type"):
         save_hf(tmp_path / "out", config, params, source_config={"model_type": "gpt2"})
     assert not (tmp_path / "out").exists()
 

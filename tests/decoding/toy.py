@@ -51,18 +51,18 @@ class ToyDenoiser:
         return MASK
 
     def init_cache(self, batch, length):
-        return KVCache(*(jnp.zeros((1, batch, length, 1, 1)) for _ in range(2)))
+        return KVCache(*(jnp.zeros((1, batch, 1, length, 1)) for _ in range(2)))
 
     def forward(self, params, tokens, positions, mask, cache, cache_length, live):
         values = value(tokens, positions).astype(jnp.float32)
-        cached = jnp.arange(cache.keys.shape[2]) < cache_length[:, None]
-        prefix = jnp.where(cached, cache.keys[0, :, :, 0, 0], 0).sum(-1)
+        cached = jnp.arange(cache.keys.shape[3]) < cache_length[:, None]
+        prefix = jnp.where(cached, cache.keys[0, :, 0, :, 0], 0).sum(-1)
         if mask is None:
             mask = jnp.ones((1, tokens.shape[1], tokens.shape[1]), bool)
         seen = (mask * values[:, None, :]).sum(-1)
         context = (prefix[:, None] + params["coupling"] * seen).astype(jnp.int32)
         row = table_row(context, tokens, positions, params["coupling"])
-        fresh = values[None, :, :, None, None]
+        fresh = values[None, :, None, :, None]
         return row[..., None].astype(jnp.float32), KVCache(fresh, fresh)
 
     def logits(self, params, hidden):

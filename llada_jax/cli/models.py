@@ -1,0 +1,49 @@
+"""Opening the model that a command names."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from llada_jax.llm import BUILTIN_MODELS, LLM
+
+DTYPES = ("auto", "bfloat16", "float32")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--model``, ``--revision`` and ``--dtype``."""
+    parser.add_argument(
+        "--model",
+        metavar="M",
+        help="a folder, a hub id, or a built-in model "
+        f"({', '.join(BUILTIN_MODELS)}, which is the default)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    add_dtype_argument(parser)
+
+
+def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--dtype``."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of weights and activations; auto is the checkpoint's own",
+    )
+
+
+def open_model(model: str | None, dtype: str = "auto", revision: str | None = None) -> LLM:
+    """Loads a model; says so on a terminal.
+
+    Raises:
+      CheckpointError, TokenizerError, ChatError: if it cannot be used.
+    """
+    with Console(stderr=True).status(f"loading {model or BUILTIN_MODELS[0]}"):
+        return LLM(model, dtype=dtype, revision=revision)
+
+
+def on_terminal() -> bool:
+    """Whether a person reads the standard output."""
+    return sys.stdout.isatty()

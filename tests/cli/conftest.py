@@ -1,0 +1,19 @@
+import io
+
+import pytest
+
+from llada_jax.cli import main
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a command: ``(exit code, stdout, stderr)``."""
+
+    def call(*arguments: str, stdin: str = ""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        code = main(list(arguments))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
