@@ -115,5 +115,5 @@ def _last_block(
     """Logits of the last block of a window; compiled once for each window length."""
     span = jnp.arange(window.shape[1])
     mask = block_causal(span[:, None], span[None, :], block_length)[None]
-    out = model.apply({"params": params}, window, mask=mask)
+    out: Any = model.apply({"params": params}, window, mask=mask)
     return model.apply({"params": params}, out.hidden[:, -block_length:], method="logits")[0]

@@ -162,7 +162,7 @@ def _forward(
 ) -> tuple[Float[Array, "T V"], Float[Array, "layers T D"]]:
     span = jnp.arange(tokens.shape[1])
     mask = block_causal(span[:, None], span[None, :], _BLOCK_LENGTH)[None]
-    out = model.apply({"params": params}, tokens, mask=mask, return_layers=True)
+    out: Any = model.apply({"params": params}, tokens, mask=mask, return_layers=True)
     logits = model.apply({"params": params}, out.hidden, method="logits")
     return logits[0], out.layers[:, 0].astype(jnp.float32)
 
