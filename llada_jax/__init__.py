@@ -1,9 +1,9 @@
 """LLaDA2.x in JAX: block-diffusion mixture-of-experts language models.
 
-    from llada_jax import LLM, SamplingParams
+from llada_jax import LLM, SamplingParams
 
-    llm = LLM()
-    print(llm.generate("17,18,19,", SamplingParams.speed(max_tokens=40))[0].text)
+llm = LLM()
+print(llm.generate("17,18,19,", SamplingParams.speed(max_tokens=40))[0].text)
 """
 
 from __future__ import annotations

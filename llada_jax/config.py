@@ -90,7 +90,9 @@ class RopeScaling:
         if "factor" not in raw:
             raise ConfigError(f"rope_scaling of type {kind!r} needs a factor")
         if kind == "llama3" and raw.get("original_max_position_embeddings") is None:
-            raise ConfigError("rope_scaling of type 'llama3' needs original_max_position_embeddings")
+            raise ConfigError(
+                "rope_scaling of type 'llama3' needs original_max_position_embeddings"
+            )
         return cls(rope_type=kind, **_as_declared(cls, raw))
 
 
@@ -138,7 +140,6 @@ class ModelConfig:
         def require(ok: bool, message: str):
             if not ok:
                 raise ConfigError(message)
-
 
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim"):
             require(getattr(self, name) > 0, f"{name} = {getattr(self, name)} must be positive")

@@ -17,6 +17,7 @@ from rich.progress import Progress
 
 from llada_jax.checkpoint import load_checkpoint, read_config, resolve_model, stored_dtypes
 from llada_jax.compilation_cache import enable_compilation_cache
+from llada_jax.config import ModelConfig, read_mapping
 from llada_jax.decoding import (
     Decoder,
     DecodeResult,
@@ -99,7 +100,7 @@ class LLM:
         self.config, self.params = load_checkpoint(
             folder, config=config, dtype=dtype, mesh=mesh, progress=progress
         )
-        self.eos_token_ids = self.config.eos_token_ids
+        self.eos_token_ids = _eos_token_ids(folder, self.config)
         self.tokenizer = load_tokenizer(
             folder,
             mask_token_id=self.config.mask_token_id,
@@ -143,10 +144,9 @@ class LLM:
                 if progress or ask:
                     outcome = self._decode_stepwise(batch, lambda n: bar.advance(task, n))
                 else:
-                    outcome = self._decode(batch), [None] * len(batch)
-                for request, generation in zip(
-                    batch, self._generations(batch, *outcome), strict=True
-                ):
+                    outcome = self._decode(batch), [None for _ in batch]
+                finished = self._generations(batch, *outcome)
+                for request, generation in zip(batch, finished, strict=True):
                     results[request.index] = generation
         return [results[i] for i in range(len(requests))]
 
@@ -170,7 +170,7 @@ class LLM:
           ChatError: if there is no chat template, or a message is malformed.
         """
         single = bool(messages) and isinstance(messages[0], Mapping)
-        conversations = [messages] if single else list(messages)
+        conversations: Any = [messages] if single else messages
         prompts = [self.render_chat(c, tools=tools) for c in conversations]
         return self.generate(prompts, params, progress=progress)
 
@@ -306,7 +306,7 @@ class LLM:
             )
 
     def _generations(
-        self, requests: list[Request], result: DecodeResult, traces: list[Trace | None]
+        self, requests: list[Request], result: DecodeResult, traces: Sequence[Trace | None]
     ) -> Iterator[Generation]:
         result = jax.device_get(result)
         for row, (request, trace) in enumerate(zip(requests, traces, strict=True)):
@@ -390,9 +390,7 @@ def _final_end(request: Request, position: int, done: bool) -> int:
     return max(len(request.prompt), position - held_back)
 
 
-def model_folder(
-    model: str | os.PathLike[str] | None = None, revision: str | None = None
-) -> Path:
+def model_folder(model: str | os.PathLike[str] | None = None, revision: str | None = None) -> Path:
     """The folder of a model: built in, on disk, or from the hub.
 
     Raises:
@@ -404,12 +402,20 @@ def model_folder(
     return resolve_model(name, revision=revision)
 
 
+def _eos_token_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
+    """Those of ``config.json``, and further ones of ``generation_config.json``."""
+    file = folder / "generation_config.json"
+    more = read_mapping(file).get("eos_token_id") if file.is_file() else None
+    more = [] if more is None else more if isinstance(more, list) else [more]
+    return tuple(dict.fromkeys([*config.eos_token_ids, *more]))
+
+
 def _activation_dtype(dtype: Any, folder: Path) -> Any:
     if not (isinstance(dtype, str) and dtype == "auto"):
         with contextlib.suppress(TypeError):
-            dtype = jnp.dtype(dtype)
-            if dtype in (jnp.float32, jnp.bfloat16):
-                return dtype
+            known = jnp.dtype(dtype)
+            if known in (jnp.float32, jnp.bfloat16):
+                return known
         raise ValueError(f"dtype = {dtype!r} must be 'auto', 'float32' or 'bfloat16'")
     stored = stored_dtypes(folder)["model.word_embeddings.weight"]
     return jnp.dtype(jnp.float32 if stored == np.float32 else jnp.bfloat16)

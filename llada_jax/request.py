@@ -97,7 +97,7 @@ def make_request(
 
 
 def bucket(count: int) -> int:
-    """``count`` rounded up to 1, 2, 3, 4, 6, 8, 12, 16, 24, …: few shapes, at most half too much."""
+    """``count`` rounded up to 1, 2, 3, 4, 6, 8, 12, 16, 24, …: at most half too much."""
     power = 1 << (count - 1).bit_length()
     return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 def block_causal(
     query: Int[Array, "*q"], key: Int[Array, "*k"], block_length: int
-) -> Bool[Array, "..."]:
+) -> Bool[Array, ...]:
     """True where the key's block is not later than the query's (spec: 0/-inf mask, tril of blocks).
 
     With ``block_length = 2`` and six positions (rows are queries)::
@@ -33,7 +33,7 @@ def block_causal(
 
 def block_diffusion(
     query: Int[Array, "*q"], key: Int[Array, "*k"], length: int, block_length: int
-) -> Bool[Array, "..."]:
+) -> Bool[Array, ...]:
     """The training mask over ``[x_t ; x_0]``, both of ``length`` tokens (2.0 report, equation 3).
 
     Noisy queries see their own noisy block and strictly earlier clean blocks; clean queries are

@@ -26,8 +26,7 @@ from pallas_kernels import block_causal
 
 
 @no_type_check  # a pytree also holds tracers, shapes, shardings
-@flax.struct.dataclass
-class DecodeResult:
+class DecodeResult(flax.struct.PyTreeNode):
     """Finished canvases and what they took.
 
     Attributes:
@@ -46,13 +45,12 @@ class DecodeResult:
 
 
 @no_type_check  # a pytree also holds tracers, shapes, shardings
-@flax.struct.dataclass
-class StepRecord:
+class StepRecord(flax.struct.PyTreeNode):
     """The forwards of one ``run``, in order; ``count`` of the R slots are used.
 
     ``phase``, ``start`` (first position of the span of W tokens) and ``position`` (of the active
-    block) are those on entry; ``proposal`` and ``confidence`` are the model's, written or not. A row that was DONE,
-    or waited for others' windows, has phase DONE.
+    block) are those on entry; ``proposal`` and ``confidence`` are the model's, written or not. A
+    row that was DONE, or waited for others' windows, has phase DONE.
     """
 
     count: Int[Array, ""]

@@ -58,7 +58,7 @@ class ModelDenoiser:
 
     def forward(self, params, tokens, positions, mask, cache, cache_length, live):
         """Runs the transformer; see ``LLaDA2.__call__``."""
-        out = self.model.apply(
+        out: Any = self.model.apply(
             {"params": params},
             tokens,
             positions,
@@ -71,4 +71,5 @@ class ModelDenoiser:
 
     def logits(self, params, hidden):
         """See ``LLaDA2.logits``."""
-        return self.model.apply({"params": params}, hidden, method="logits")
+        scores: Any = self.model.apply({"params": params}, hidden, method="logits")
+        return scores

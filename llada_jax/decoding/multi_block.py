@@ -49,9 +49,7 @@ def window_step(
     mask = inside[:, None, :] & (editing[:, None, None] | causal)
     with jax.named_scope("window_forward"):
         live = inside & (editing | rewriting)[:, None]
-        hidden, fresh = denoiser.forward(
-            params, tokens, positions, mask, state.cache, start, live
-        )
+        hidden, fresh = denoiser.forward(params, tokens, positions, mask, state.cache, start, live)
     changed = positions >= state.changed_from[:, None]
     cache = write_cache(state.cache, fresh, start, inside & changed & rewriting[:, None])
     with jax.named_scope("window_decide"):

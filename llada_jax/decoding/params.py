@@ -131,18 +131,21 @@ class SamplingParams:
     @classmethod
     def quality(cls, **fields: Any) -> SamplingParams:
         """2.1's quality mode (Q): τ_mask 0.7, τ_edit 0.5."""
-        return cls(**{"threshold": 0.7, "editing_threshold": 0.5} | resolve_aliases(fields))
+        return cls._preset(fields, threshold=0.7, editing_threshold=0.5)
 
     @classmethod
     def speed(cls, **fields: Any) -> SamplingParams:
         """2.1's speed mode (S): τ_mask 0.5, τ_edit 0.0; draft early, fix by editing."""
-        return cls(**{"threshold": 0.5, "editing_threshold": 0.0} | resolve_aliases(fields))
+        return cls._preset(fields, threshold=0.5, editing_threshold=0.0)
 
     @classmethod
     def v20(cls, **fields: Any) -> SamplingParams:
         """2.0's decoding: τ_mask 0.95, no editing, quota of one token a step for blocks of 32."""
-        preset = {"threshold": 0.95, "editing_threshold": None, "steps": 32}
-        return cls(**preset | resolve_aliases(fields))
+        return cls._preset(fields, threshold=0.95, editing_threshold=None, steps=32)
+
+    @classmethod
+    def _preset(cls, changes: dict[str, Any], **preset: Any) -> SamplingParams:
+        return cls(**preset | resolve_aliases(changes))
 
     @classmethod
     def from_mode(cls, mode: str, **fields: Any) -> SamplingParams:

@@ -1,8 +1,8 @@
 """The decision of a step: which masked positions are filled, which tokens are rewritten.
 
 With proposals v and their probabilities p, the 2.1 report (equations 1 to 3) defines
-``Γ = {i : x_i = MASK, p_i > τ_mask}`` and ``Δ = {i : x_i ≠ v_i, p_i > τ_edit}`` and writes v at both.
-The released code adds: at least some positions are filled in each step, Δ holds no masked
+``Γ = {i : x_i = MASK, p_i > τ_mask}`` and ``Δ = {i : x_i ≠ v_i, p_i > τ_edit}`` and writes v at
+both. The released code adds: at least some positions are filled in each step, Δ holds no masked
 position, and prompt positions are in neither. Comparisons are strict, ties go to the lower index.
 """
 

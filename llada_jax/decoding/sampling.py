@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import no_type_check
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 
 @no_type_check  # a pytree also holds tracers, shapes, shardings
-@flax.struct.dataclass
-class Proposal:
+class Proposal(flax.struct.PyTreeNode):
     """What the model would write.
 
     Attributes:

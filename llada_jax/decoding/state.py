@@ -27,8 +27,7 @@ class Phase(enum.IntEnum):
 
 
 @no_type_check  # a pytree also holds tracers, shapes, shardings
-@flax.struct.dataclass
-class RowSettings:
+class RowSettings(flax.struct.PyTreeNode):
     """``SamplingParams`` of each row, as arrays; see there for the meaning.
 
     Off is ``inf`` for ``editing_threshold``, 0 for ``steps``, ``top_k`` and ``min_p``, 1 for
@@ -71,9 +70,7 @@ class RowSettings:
         def column(values, dtype) -> Array:
             return jnp.asarray(np.array(list(values), dtype))
 
-        stops = [
-            [*([] if p.ignore_eos else eos_token_ids), *p.stop_token_ids] for p in params
-        ]
+        stops = [[*([] if p.ignore_eos else eos_token_ids), *p.stop_token_ids] for p in params]
         width = max(4, 1 << (max(map(len, stops)) - 1).bit_length() if any(stops) else 0)
         real, whole, truth = np.float32, np.int32, np.bool_
         return cls(
@@ -96,7 +93,8 @@ class RowSettings:
             window_steps=column((p.multi_block_steps for p in params), whole),
             entropy_quantile=column(
                 (
-                    -1.0 if p.multi_block_entropy_quantile is None
+                    -1.0
+                    if p.multi_block_entropy_quantile is None
                     else p.multi_block_entropy_quantile
                     for p in params
                 ),
@@ -108,8 +106,7 @@ class RowSettings:
 
 
 @no_type_check  # a pytree also holds tracers, shapes, shardings
-@flax.struct.dataclass
-class DecodeState:
+class DecodeState(flax.struct.PyTreeNode):
     """Everything that a row is, between two forward passes. S is a multiple of the block length.
 
     A row's canvas is its prompt, then masks up to ``end``. Invariants, for a row not DONE:

@@ -81,7 +81,7 @@ def steps_of_record(
             continue
         start, block_start = int(record.start[i, row]), int(record.position[i, row])
         span = slice(0, min(block_start + block_length, end) - start)
-        before, after = record.before[i, row, span], record.after[i, row, span]
+        before, after = (np.asarray(a[i, row, span]) for a in (record.before, record.after))
         changed, masked = before != after, before == mask_token_id
         steps.append(
             TraceStep(
@@ -92,8 +92,8 @@ def steps_of_record(
                 after=after,
                 unmasked=changed & masked,
                 edited=changed & ~masked,
-                proposal=record.proposal[i, row, span],
-                confidence=record.confidence[i, row, span],
+                proposal=np.asarray(record.proposal[i, row, span]),
+                confidence=np.asarray(record.confidence[i, row, span]),
             )
         )
     return steps

@@ -1,13 +1,13 @@
 """What a row does next: the phases of a block's life.
 
-    DENOISE ──finished──► window open? ──yes──► EDIT_WINDOW ──no edit, or budget──┐
-       ▲                      │ no                                                ▼
-       │                      └───────────────────────────────────────────────► settle
-       │                                                                          │
-       ├──── advance ◄── REWRITE_WINDOW ◄── a window changed ────────────────────┤
-       ├──── advance ◄── COMMIT ◄── cache predates the last change ──────────────┤
-       ├──── advance ◄── nothing to store ────────────────────────────────────────┤
-      DONE ◄── last block, or a stop token ───────────────────────────────────────┘
+DENOISE ──finished──► window open? ──yes──► EDIT_WINDOW ──no edit, or budget──┐
+   ▲                      │ no                                                ▼
+   │                      └───────────────────────────────────────────────► settle
+   │                                                                          │
+   ├──── advance ◄── REWRITE_WINDOW ◄── a window changed ────────────────────┤
+   ├──── advance ◄── COMMIT ◄── cache predates the last change ──────────────┤
+   ├──── advance ◄── nothing to store ────────────────────────────────────────┤
+  DONE ◄── last block, or a stop token ───────────────────────────────────────┘
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ def _has_stopped(state: DecodeState, block_end: Array) -> Bool[Array, " B"]:
     return state.settings.eos_early_stop & stops
 
 
-def is_stop_token(
-    tokens: Int[Array, "B T"], stop_tokens: Int[Array, "B n"]
-) -> Bool[Array, "B T"]:
+def is_stop_token(tokens: Int[Array, "B T"], stop_tokens: Int[Array, "B n"]) -> Bool[Array, "B T"]:
     """Which of ``tokens`` are among their row's ``stop_tokens`` (padded with -1)."""
     return (tokens[:, :, None] == stop_tokens[:, None, :]).any(-1)
 

@@ -101,9 +101,7 @@ def attend(
     return out.reshape(batch, length, heads, head_dim).astype(query.dtype)
 
 
-def project_out(
-    mixed: Float[Array, "B T N H"], weights: dict[str, Any]
-) -> Float[Array, "B T D"]:
+def project_out(mixed: Float[Array, "B T N H"], weights: dict[str, Any]) -> Float[Array, "B T D"]:
     """The output projection, with its bias where the configuration asks for one."""
     out = contract("btnh,nhd->btd", mixed, weights["kernel"])
     if "bias" in weights:

@@ -13,14 +13,13 @@ from llada_jax.config import ModelConfig
 
 
 @no_type_check  # a pytree also holds tracers, shapes, shardings
-@flax.struct.dataclass
-class KVCache:
+class KVCache(flax.struct.PyTreeNode):
     """Attention memory of a batch.
 
     Under block-causal attention the entries of block ``k`` depend on the tokens of blocks
     ``<= k`` alone. Rows are read up to a length that the caller passes; what lies beyond it is
-    arbitrary, but finite. Invariant kept by the decoder: below that length, every entry comes from a forward
-    pass whose input was the final tokens.
+    arbitrary, but finite. Invariant kept by the decoder: below that length, every entry comes from
+    a forward pass whose input was the final tokens.
     """
 
     keys: Float[Array, "layers B K S H"]

@@ -7,7 +7,6 @@ and only tiles that exist are visited.
 
 from __future__ import annotations
 
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -47,9 +46,7 @@ def _forward_stacked(rows: Array, matrices: Array, sizes: Array, layer: Array) -
         one = jax.lax.dynamic_index_in_dim(matrices, layer, keepdims=False)
         return _ragged_dot(rows, one.astype(rows.dtype), sizes)
 
-    return jax.lax.platform_dependent(
-        rows, matrices, sizes, layer, cpu=in_tiles, default=ragged
-    )
+    return jax.lax.platform_dependent(rows, matrices, sizes, layer, cpu=in_tiles, default=ragged)
 
 
 @jax.custom_vjp
@@ -81,9 +78,7 @@ def _backward(residuals, cotangent):
         return jax.vjp(lambda r, m: _ragged_dot(r, m, sizes), rows, matrices)[1](cotangent)
 
     return (
-        *jax.lax.platform_dependent(
-            rows, matrices, sizes, cotangent, cpu=in_tiles, default=ragged
-        ),
+        *jax.lax.platform_dependent(rows, matrices, sizes, cotangent, cpu=in_tiles, default=ragged),
         None,
     )
 
@@ -130,7 +125,9 @@ def _tile_loop(rows: Array, matrices: Array, sizes: Array, layer: Array) -> Arra
         tile = jax.lax.dynamic_slice(padded, (start[i], 0), (height, inner))
         matrix = jax.lax.dynamic_slice(matrices, (layer, group[i], 0, 0), (1, 1, inner, outer))
         product = jnp.dot(
-            tile, matrix.reshape(inner, outer).astype(tile.dtype), precision=precision_of(tile.dtype)
+            tile,
+            matrix.reshape(inner, outer).astype(tile.dtype),
+            precision=precision_of(tile.dtype),
         )
         return jax.lax.dynamic_update_slice(out, product, (start[i], 0))
 

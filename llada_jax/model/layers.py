@@ -17,7 +17,7 @@ def precision_of(dtype: Any) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def contract(subscripts: str, x: Float[Array, "..."], weight: Float[Array, "..."]) -> Array:
+def contract(subscripts: str, x: Float[Array, ...], weight: Float[Array, ...]) -> Array:
     """``einsum`` of an activation with a weight, in the activation's dtype."""
     return jnp.einsum(subscripts, x, weight.astype(x.dtype), precision=precision_of(x.dtype))
 

@@ -68,10 +68,8 @@ def rotary_tables(
 def apply_rotary(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T R"], sin: Float[Array, "B T R"]
 ) -> Float[Array, "B T N H"]:
-    """Rotates dimensions ``i`` and ``R + i`` (half rotation); those from ``2 R`` on pass through."""
+    """Rotates dimension ``i`` with ``R + i`` (half rotation); from ``2 R`` on, nothing changes."""
     half = cos.shape[-1]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin, rest], axis=-1
-    )
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

@@ -21,8 +21,7 @@ from llada_jax.model.weights import WeightSpec, weight_specs
 
 
 @no_type_check  # a pytree also holds tracers, shapes, shardings
-@flax.struct.dataclass
-class ModelOutput:
+class ModelOutput(flax.struct.PyTreeNode):
     """What a forward pass gives.
 
     Attributes:
@@ -72,6 +71,7 @@ class LLaDA2(nn.Module):
     param_dtype: Any = jnp.float32
 
     def setup(self):
+        """Declares the weights, group by group."""
         self._groups = {
             name: _Weights(spec, self.config.initializer_range, self.param_dtype, name=name)
             for name, spec in weight_specs(self.config).items()
@@ -112,13 +112,11 @@ class LLaDA2(nn.Module):
             with jax.named_scope("attention"):
                 normed = rms_norm(x, w["attention_norm"]["scale"], config.rms_norm_eps)
                 query, key, value = project_qkv(normed, w["attention"], cos, sin, config)
-                prefix = (None, None)
+                old_key, old_value = None, None
                 if cache is not None:
-                    prefix = tuple(
-                        jax.lax.dynamic_index_in_dim(memory, index, keepdims=False)
-                        for memory in (cache.keys, cache.values)
-                    )
-                mixed = attend(query, key, value, mask, *prefix, cache_length)
+                    old_key = jax.lax.dynamic_index_in_dim(cache.keys, index, keepdims=False)
+                    old_value = jax.lax.dynamic_index_in_dim(cache.values, index, keepdims=False)
+                mixed = attend(query, key, value, mask, old_key, old_value, cache_length)
                 x = x + project_out(mixed, w["attention"]["out"])
             with jax.named_scope("feed_forward"):
                 normed = rms_norm(x, w["mlp_norm"]["scale"], config.rms_norm_eps)
@@ -138,9 +136,7 @@ class LLaDA2(nn.Module):
         x = jnp.take(weights["embed"]["embedding"], tokens, axis=0).astype(self.dtype)
         outputs = []
         if config.num_dense_layers:
-            x, out = stack(
-                x, weights["dense_layers"], 0, lambda n, w, i: gated_mlp(n, w["mlp"])
-            )
+            x, out = stack(x, weights["dense_layers"], 0, lambda n, w, i: gated_mlp(n, w["mlp"]))
             outputs.append(out)
         if config.num_moe_layers:
             group, experts = weights["moe_layers"], None
@@ -148,9 +144,7 @@ class LLaDA2(nn.Module):
                 # Read one layer's experts where they lie: a scan would copy them all out, of
                 # which a decoding step touches a part.
                 experts = group["moe"]["experts"]
-                group = group | {
-                    "moe": {k: v for k, v in group["moe"].items() if k != "experts"}
-                }
+                group = group | {"moe": {k: v for k, v in group["moe"].items() if k != "experts"}}
 
             def moe(normed, w, i):
                 if experts is None:

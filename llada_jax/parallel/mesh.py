@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -17,7 +18,7 @@ def make_mesh(
     fsdp: int = 1,
     expert: int = 1,
     tensor: int = 1,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """Builds a mesh with axes ``("data", "fsdp", "expert", "tensor")``.
 

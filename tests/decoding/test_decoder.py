@@ -151,7 +151,7 @@ def test_halted_rows_stop_and_others_go_on(decoder, counting, expected):
 
 def test_committed_cache_is_that_of_the_final_tokens(decoder, counting):
     """The invariant of ``DecodeState``: a fresh prefill of the result gives the same cache."""
-    model, params = counting
+    _, params = counting
     state = decoder.start(params, *batch_of(REQUESTS))
     state, _ = decoder.run(params, state)
     committed = np.asarray(state.position)
@@ -200,9 +200,10 @@ def test_multi_block_editing_keeps_the_cache_exact(counting):
     assert Phase.EDIT_WINDOW in phases
     plain = rows_of(result_of(state), requests)[1]
     alone = Decoder(ModelDenoiser(counting[0]), prefill_chunk=32)
-    assert plain == rows_of(
-        alone.decode(counting[1], *batch_of(requests[1:], rows=2)), requests[1:]
-    )[0]
+    assert (
+        plain
+        == rows_of(alone.decode(counting[1], *batch_of(requests[1:], rows=2)), requests[1:])[0]
+    )
 
 
 @pytest.mark.parametrize("axes", [{"tensor": 2, "expert": 4}, {"fsdp": 2, "expert": 2, "data": 2}])
@@ -221,7 +222,7 @@ def test_mesh_errors():
     with pytest.raises(ValueError, match="needs 6 devices"):
         make_mesh(data=3, tensor=2)
     mesh = make_mesh(tensor=8)
-    with pytest.raises(ValueError, match="'kv_heads' of size 4 does not divide.*use 4 there"):
+    with pytest.raises(ValueError, match=r"'kv_heads' of size 4 does not divide.*use 4 there"):
         named_sharding(("kv_heads",), (4,), mesh)
     with pytest.raises(ValueError, match="map twice to mesh axis 'tensor'"):
         named_sharding(("heads", "mlp"), (8, 8), mesh)
@@ -240,9 +241,7 @@ def test_canvas_errors(counting):
 
 def test_states_are_typed(decoder, counting):
     """Every array of the loop state keeps shape and dtype over a step (else it would recompile)."""
-    shapes = jax.eval_shape(
-        lambda p, a: decoder.start(p, *a), counting[1], batch_of(REQUESTS)
-    )
+    shapes = jax.eval_shape(lambda p, a: decoder.start(p, *a), counting[1], batch_of(REQUESTS))
     after = jax.eval_shape(lambda p, s: decoder.run(p, s)[0], counting[1], shapes)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(
         lambda a: (a.shape, a.dtype), after

@@ -64,9 +64,7 @@ def run_recorded(decoder, params, cases):
     assert bool(state.done.all())
     record = jax.device_get(record)
     mask = cases[0]["mask_token_id"]
-    steps = [
-        steps_of_record(record, row, int(ends[row]), BLOCK, mask) for row in range(len(cases))
-    ]
+    steps = [steps_of_record(record, row, int(ends[row]), BLOCK, mask) for row in range(len(cases))]
     return jax.device_get(state), steps
 
 
@@ -102,7 +100,7 @@ def test_whole_outputs_and_forward_counts(decoder, counting, cases):
 
 
 def steps_with_canvas(case):
-    """Every recorded step as ``(canvas before it, block index, step, next block_before or None)``."""
+    """Every recorded step: canvas before it, block index, the step, the next ``block_before``."""
     mask, (canvas, block) = case["mask_token_id"], (arrays(case)[0], len(case["prompt"]) // BLOCK)
     text = np.array(case["prompt"] + case["output"])
     for i, step in enumerate(case["steps"]):

@@ -81,5 +81,7 @@ def toy_logits(params, canvas: np.ndarray, visible: np.ndarray, inside: np.ndarr
     positions = np.arange(len(canvas))
     values = value(canvas, positions)
     coupling = int(params["coupling"])
-    context = ((visible & ~inside) * values).sum(1) + coupling * ((visible & inside) * values).sum(1)
+    context = ((visible & ~inside) * values).sum(1) + coupling * ((visible & inside) * values).sum(
+        1
+    )
     return np.asarray(params["table"])[table_row(context, canvas, positions, coupling)]

@@ -47,8 +47,9 @@ def decode(
             logits, canvas, block, length, params, mask_token_id, stop_tokens, result
         )
         if params.multi_block_window > 1 and block > first:
-            _edit_window(logits, canvas, block, first, length, params, mask_token_id, entropies,
-                         result)
+            _edit_window(
+                logits, canvas, block, first, length, params, mask_token_id, entropies, result
+            )
         generated = canvas[length : (block + 1) * size]
         if params.eos_early_stop and set(generated.tolist()) & stop_tokens:
             break

@@ -11,7 +11,6 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from llada_jax.text import ByteTokenizer, HFTokenizer, SentencePieceTokenizer, SpecialNames
 
-
 GOLDEN = Path(__file__).parent.parent / "golden"
 NAMES = SpecialNames(mask="<|mask|>", eos="<|endoftext|>", pad="<|endoftext|>")
 ROLES = ["<|endoftext|>", "<|mask|>", "<role>", "</role>", "<|role_end|>"]
