@@ -17,7 +17,7 @@ def enable_compilation_cache() -> None:
     folder; ``LLADA_JAX_COMPILATION_CACHE=off`` leaves the cache off.
     """
     choice = os.environ.get(VARIABLE, "")
-    if choice.lower() in ("off", "0", "false") or jax.config.jax_compilation_cache_dir:
+    if choice.lower() in ("off", "0", "false") or jax.config.values["jax_compilation_cache_dir"]:
         return
     if choice:
         folder = Path(choice)

@@ -117,12 +117,12 @@ class SamplingParams:
                 raise SamplingError(f"stop_token_ids holds {token!r}; token ids are integers >= 0")
 
     def _check_number(self, name: str, low: int, high: float | int, *, integer: bool):
-        value = getattr(self, name)
+        value: Any = getattr(self, name)
         if value is None and name in _OPTIONAL:
             return
-        kinds = (int,) if integer else (int, float)
-        ok = isinstance(value, kinds) and not isinstance(value, bool)
-        if not ok or not (low <= value <= high) or math.isnan(value):
+        kinds: Any = int if integer else (int, float)
+        is_number = isinstance(value, kinds) and not isinstance(value, bool)
+        if not (is_number and low <= value <= high):  # also refuses NaN
             number = "an integer" if integer else "a number"
             span = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
             hint = "; None switches it off" if name in _OPTIONAL else ""

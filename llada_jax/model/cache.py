@@ -51,13 +51,18 @@ def write_cache(
       write: which of the ``T`` entries to store; the others keep what the cache held.
     """
 
-    def row(memory, new, at, keep):  # [layers, K, S, H], [layers, K, T, H]
-        at = (0, 0, at, 0)
-        old = jax.lax.dynamic_slice(memory, at, new.shape)
-        merged = jnp.where(keep[None, None, :, None], new.astype(memory.dtype), old)
-        return jax.lax.dynamic_update_slice(memory, merged, at)
+    batch, width = write.shape
 
-    rows = jax.vmap(row, in_axes=(1, 1, 0, 0), out_axes=1)
-    return KVCache(
-        rows(cache.keys, fresh.keys, start, write), rows(cache.values, fresh.values, start, write)
-    )
+    # One in-place update a row. A scatter over the rows would copy the whole memory on CPU.
+    def store_row(row, memory: KVCache) -> KVCache:
+        def store(old: Array, new: Array) -> Array:
+            at = (0, row, 0, start[row], 0)
+            layers, _, heads, _, dim = old.shape
+            kept = jax.lax.dynamic_slice(old, at, (layers, 1, heads, width, dim))
+            new = jax.lax.dynamic_slice_in_dim(new, row, 1, axis=1).astype(old.dtype)
+            merged = jnp.where(write[row][:, None], new, kept)
+            return jax.lax.dynamic_update_slice(old, merged, at)
+
+        return jax.tree.map(store, memory, fresh)
+
+    return jax.lax.fori_loop(0, batch, store_row, cache)
