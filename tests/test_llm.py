@@ -189,7 +189,7 @@ def test_seeds(llm):
     seeds = [SamplingParams(max_tokens=40, temperature=1.2, threshold=0.3, seed=s) for s in (1, 2)]
     one, two = llm.generate([PROMPT] * 2, seeds)
     assert one.token_ids != two.token_ids
-    free = SamplingParams(max_tokens=40, temperature=1.5, threshold=0.3)
+    free = SamplingParams(max_tokens=40, temperature=3.0, threshold=0.0, editing_threshold=None)
     assert len({g.token_ids for g in llm.generate([PROMPT] * 4, free)}) > 1
 
 

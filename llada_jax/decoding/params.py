@@ -120,9 +120,7 @@ class SamplingParams:
         value: Any = getattr(self, name)
         if value is None and name in _OPTIONAL:
             return
-        kinds: Any = int if integer else (int, float)
-        is_number = isinstance(value, kinds) and not isinstance(value, bool)
-        if not (is_number and low <= value <= high):  # also refuses NaN
+        if not _is_number_in(value, low, high, integer):
             number = "an integer" if integer else "a number"
             span = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
             hint = "; None switches it off" if name in _OPTIONAL else ""
@@ -154,6 +152,12 @@ class SamplingParams:
         if mode not in presets:
             raise SamplingError(f"mode = {mode!r} is not known; use {', '.join(presets)}")
         return presets[mode](**fields)
+
+
+def _is_number_in(value: Any, low: int, high: float | int, integer: bool) -> bool:
+    """Whether a value is a number (not a boolean, not NaN) of the range."""
+    kinds = (int,) if integer else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
 
 
 _OPTIONAL = (
