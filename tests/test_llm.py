@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from llada_jax import LLM, PromptError, SamplingParams
 from llada_jax.checkpoint import CheckpointError
 from llada_jax.decoding import Phase
+from llada_jax.parallel import make_mesh
 from llada_jax.request import bucket
 from llada_jax.text import ChatError
 
@@ -269,6 +270,15 @@ def test_token_ids_in_and_out_without_a_tokenizer(bare):
         llm.generate("17,")
     with pytest.raises(PromptError, match="use stop_token_ids"):
         llm.generate([[33]], SamplingParams(stop="x"))
+
+
+def test_on_a_mesh(golden, counted):
+    """Weights sharded over eight devices, two ways of data parallelism among them."""
+    llm = LLM(golden, mesh=make_mesh(data=2, fsdp=2, expert=2))
+    gate = llm.params["moe_layers"]["moe"]["experts"]["gate"]
+    assert len(gate.sharding.device_set) == 8
+    assert gate.addressable_shards[0].data.size == gate.size // 4
+    assert_same(llm.generate(PROMPT, SPEED)[0], counted)
 
 
 def test_nan_in_the_weights(golden, tmp_path):

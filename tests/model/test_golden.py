@@ -1,5 +1,6 @@
 """Logits, layers, router, loss and gradients of the released PyTorch code."""
 
+import functools
 import json
 
 import jax
@@ -107,25 +108,26 @@ def training(counting, golden):
     positions = jnp.broadcast_to(place % length, tokens.shape)
 
     @jax.jit
-    @jax.value_and_grad
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params):
         out = model.apply({"params": params}, tokens, positions, mask=mask[None])
         logits = model.apply({"params": params}, out.hidden[:, :length], method="logits")
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), x0[..., None], axis=-1)[..., 0]
-        return -(log_p * loss_mask).sum() / loss_mask.sum()
+        return -(log_p * loss_mask).sum() / loss_mask.sum(), logits
 
-    value, gradients = loss(params)
-    return data, float(value), gradients
+    (value, logits), gradients = loss(params)
+    return data, float(value), logits, gradients
 
 
-def test_loss(training):
-    data, value, _ = training
+def test_loss_and_logits(training):
+    data, value, logits, _ = training
     assert abs(value - float(data["loss"])) < 1e-5
+    np.testing.assert_allclose(logits, data["logits"], atol=2e-4)
 
 
 def test_gradients(training, counting, golden, tmp_path):
     """Every tensor's gradient norm, and the small tensors' gradients entry by entry."""
-    data, _, gradients = training
+    data, _, _, gradients = training
     save_hf(tmp_path / "gradients", counting[0].config, gradients)
     ours = load_file(tmp_path / "gradients" / "model.safetensors")
     norms = json.loads((golden / "grad_norms.json").read_text())
