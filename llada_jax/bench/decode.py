@@ -126,14 +126,17 @@ def bench_decode(
 
 
 def widen(config: ModelConfig, width: int) -> ModelConfig:
-    """The same layers, experts and vocabulary with all widths multiplied; heads keep their size."""
+    """The same layers, heads, experts and vocabulary with all widths multiplied.
+
+    Four times the counting model's head dimension is the released models' 128.
+    """
     return dataclasses.replace(
         config,
         hidden_size=config.hidden_size * width,
         intermediate_size=config.intermediate_size * width,
         moe_intermediate_size=config.moe_intermediate_size * width,
-        num_attention_heads=config.num_attention_heads * width,
-        num_key_value_heads=config.num_key_value_heads * width,
+        head_dim=config.head_dim * width,
+        rotary_dim=config.rotary_dim * width,
     )
 
 

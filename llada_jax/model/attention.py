@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llada_jax.config import ModelConfig
+from llada_jax.model.cache import KVCache
 from llada_jax.model.layers import contract, precision_of, rms_norm
 from llada_jax.model.rotary import apply_rotary
+
+_PIECE = 128  # cached positions read at a time
 
 
 def project_qkv(
@@ -38,23 +43,26 @@ def attend(
     key: Float[Array, "B K T H"],
     value: Float[Array, "B K T H"],
     mask: Bool[Array, "#B T T"] | None = None,
-    cached_key: Float[Array, "B K S H"] | None = None,
-    cached_value: Float[Array, "B K S H"] | None = None,
+    cache: KVCache | None = None,
     cache_length: Int[Array, " B"] | None = None,
+    layer: Int[Array, ""] | int = 0,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention of fresh queries over fresh keys and a cached prefix.
+
+    The prefix is read where it lies, in pieces up to the longest row's length: what a canvas has
+    beyond costs nothing. With a cache there is no gradient.
 
     Args:
       query, key, value: the fresh tokens; each of the K heads serves ``N / K`` query heads.
       mask: which fresh keys a fresh query sees (at least one each); all of them by default.
-      cached_key, cached_value: earlier tokens, seen by every query. Finite throughout.
-      cache_length: how many cached positions of each row are valid.
+      cache: earlier tokens, seen by every query.
+      cache_length: how many cached positions of each row are valid; needed with ``cache``.
+      layer: which layer of the cache to read.
 
     Returns:
       The mixed values in ``query``'s dtype; scores and softmax are float32.
     """
-    batch, length, heads, head_dim = query.shape
-    kv_heads = key.shape[1]
+    batch, kv_heads, length, head_dim = key.shape
     precision = precision_of(query.dtype)
     # [B, K, G T, H]: all queries that share a key head form one matrix.
     packed = query.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
@@ -71,11 +79,10 @@ def attend(
         )
         return raw * head_dim**-0.5
 
-    def mix(weights: Array, values: Array) -> Array:
-        weights = weights.astype(values.dtype)
+    def mix(odds: Array, values: Array) -> Array:  # [B, K, G T, H]
         return jnp.einsum(
             "bkqs,bksh->bkqh",
-            weights,
+            odds.astype(values.dtype),
             values,
             precision=precision,
             preferred_element_type=jnp.float32,
@@ -86,19 +93,29 @@ def attend(
         tiled = jnp.tile(mask[:, None], (1, 1, groups, 1))  # [B, 1, G T, T]
         fresh = jnp.where(tiled, fresh, -jnp.inf)
     largest = fresh.max(-1, keepdims=True)
-    if cached_key is None or cached_value is None or cache_length is None:
-        odds = jnp.exp(fresh - largest)
-        out = mix(odds, value) / odds.sum(-1, keepdims=True)
-    else:
-        # One softmax over both parts, without joining them in memory.
-        valid = jnp.arange(cached_key.shape[2]) < cache_length[:, None]  # [B, S]
-        cached = jnp.where(valid[:, None, None], scores(cached_key), -jnp.inf)
-        largest = jnp.maximum(largest, cached.max(-1, keepdims=True))
-        odds, cached_odds = jnp.exp(fresh - largest), jnp.exp(cached - largest)
-        total = odds.sum(-1, keepdims=True) + cached_odds.sum(-1, keepdims=True)
-        out = (mix(odds, value) + mix(cached_odds, cached_value)) / total
-    out = out.reshape(batch, kv_heads, groups, length, head_dim).transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, length, heads, head_dim).astype(query.dtype)
+    odds = jnp.exp(fresh - largest)
+    total, mixed = odds.sum(-1, keepdims=True), mix(odds, value)
+    if cache is not None and cache_length is not None:
+        piece = math.gcd(cache.keys.shape[3], _PIECE)
+
+        def take(memory: Array, start: Array) -> Array:  # [B, K, piece, H]
+            size = (1, batch, kv_heads, piece, head_dim)
+            return jax.lax.dynamic_slice(memory, (layer, 0, 0, start, 0), size)[0]
+
+        def add_piece(i: Array, carry: tuple[Array, Array, Array]):
+            largest, total, mixed = carry
+            start = i * piece
+            valid = start + jnp.arange(piece) < cache_length[:, None]  # [B, piece]
+            old = jnp.where(valid[:, None, None], scores(take(cache.keys, start)), -jnp.inf)
+            new_largest = jnp.maximum(largest, old.max(-1, keepdims=True))
+            shrink, odds = jnp.exp(largest - new_largest), jnp.exp(old - new_largest)
+            total = total * shrink + odds.sum(-1, keepdims=True)
+            return new_largest, total, mixed * shrink + mix(odds, take(cache.values, start))
+
+        pieces = (cache_length.max() + piece - 1) // piece
+        _, total, mixed = jax.lax.fori_loop(0, pieces, add_piece, (largest, total, mixed))
+    out = (mixed / total).reshape(batch, kv_heads, groups, length, head_dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(query.shape).astype(query.dtype)
 
 
 def project_out(mixed: Float[Array, "B T N H"], weights: dict[str, Any]) -> Float[Array, "B T D"]:

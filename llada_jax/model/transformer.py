@@ -112,11 +112,7 @@ class LLaDA2(nn.Module):
             with jax.named_scope("attention"):
                 normed = rms_norm(x, w["attention_norm"]["scale"], config.rms_norm_eps)
                 query, key, value = project_qkv(normed, w["attention"], cos, sin, config)
-                old_key, old_value = None, None
-                if cache is not None:
-                    old_key = jax.lax.dynamic_index_in_dim(cache.keys, index, keepdims=False)
-                    old_value = jax.lax.dynamic_index_in_dim(cache.values, index, keepdims=False)
-                mixed = attend(query, key, value, mask, old_key, old_value, cache_length)
+                mixed = attend(query, key, value, mask, cache, cache_length, index)
                 x = x + project_out(mixed, w["attention"]["out"])
             with jax.named_scope("feed_forward"):
                 normed = rms_norm(x, w["mlp_norm"]["scale"], config.rms_norm_eps)

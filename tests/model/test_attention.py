@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llada_jax.config import RopeScaling
+from llada_jax.model import KVCache
 from llada_jax.model.attention import attend
 from llada_jax.model.rotary import apply_rotary, inverse_frequencies, rotary_tables
 from tests.model.test_experts import make_config
@@ -32,15 +33,20 @@ def attend_by_hand(query, key, value, visible):
 def test_attend(heads, cached, masked):
     n, k = heads
     rng = np.random.default_rng(n * k + cached)
-    batch, length, memory, dim = 3, 5, 8, 6
+    batch, length, memory, dim = 3, 5, 12, 6  # pieces of gcd(12, 128) = 4 positions
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     query, key, value = draw(batch, length, n, dim), *draw(2, batch, k, length, dim)
-    cache = draw(2, batch, k, memory, dim)
-    lengths = np.array([0, 3, 8])
+    layers = draw(2, 2, batch, k, memory, dim)  # keys and values of two layers
+    lengths = np.array([0, 3, 9])
     mask = np.tril(np.ones((batch, length, length), bool)) if masked else None
-    memory_arguments = map(jnp.asarray, (*cache, lengths) if cached else ())
-    jax_mask = jnp.asarray(mask) if masked else None
-    got = attend(*map(jnp.asarray, (query, key, value)), jax_mask, *memory_arguments)
+    got = attend(
+        *map(jnp.asarray, (query, key, value)),
+        jnp.asarray(mask) if masked else None,
+        KVCache(*map(jnp.asarray, layers)) if cached else None,
+        jnp.asarray(lengths) if cached else None,
+        1,
+    )
+    cache = layers[:, 1]
     for row in range(batch):
         fresh = mask[row] if masked else np.ones((length, length), bool)
         keys, values, visible = key[row], value[row], fresh
