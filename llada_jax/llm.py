@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from rich.console import Console
 from rich.progress import Progress
 
 from llada_jax.checkpoint import load_checkpoint, read_config, resolve_model, stored_dtypes
@@ -137,7 +138,8 @@ class LLM:
         requests = self._requests(prompts, params)
         results: dict[int, Generation] = {}
         total = sum(request.params.max_tokens for request in requests)
-        with Progress(disable=not progress, transient=True) as bar:
+        console = Console(stderr=True)
+        with Progress(console=console, disable=not progress, transient=True) as bar:
             task = bar.add_task("decoding", total=total)
             for batch in self._batches(requests):
                 ask = any(r.params.stop or r.params.return_trace for r in batch)

@@ -23,7 +23,7 @@ def byte_progress(description: str, total: int, enabled: bool) -> Iterator[Calla
     if not enabled or jax.process_index() != 0:
         yield lambda count: None
         return
-    from rich import progress
+    from rich import console, progress
 
     columns = (
         progress.TextColumn("{task.description}"),
@@ -32,6 +32,6 @@ def byte_progress(description: str, total: int, enabled: bool) -> Iterator[Calla
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns) as bar:
+    with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
         task = bar.add_task(description, total=total)
         yield lambda count: bar.advance(task, count)
