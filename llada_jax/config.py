@@ -297,12 +297,18 @@ class ModelConfig:
 
 
 def _as_declared(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON writes whole floats as integers; a field declared ``float`` gets one."""
-    real = {field.name for field in dataclasses.fields(cls) if str(field.type).startswith("float")}
-    return {
-        name: float(value) if name in real and value is not None else value
-        for name, value in values.items()
-    }
+    """Checks JSON values against the fields' types; whole floats, written as integers, too."""
+    kinds = {"int": int, "float": (int, float), "bool": bool}
+    declared = {field.name: str(field.type).split(" ")[0] for field in dataclasses.fields(cls)}
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        kind = declared[name]
+        if kind in kinds and value is not None:
+            if not isinstance(value, kinds[kind]) or isinstance(value, bool) != (kind == "bool"):
+                raise ConfigError(f"{name} = {value!r} must be of type {kind}")
+            value = float(value) if kind == "float" else value
+        checked[name] = value
+    return checked
 
 
 def _rotary_dim(raw: Mapping[str, Any], rope: Mapping[str, Any], head_dim: int) -> int:

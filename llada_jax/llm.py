@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.resources
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from llada_jax.model import LLaDA2
 from llada_jax.request import (
     PromptError,
     Request,
+    as_prompts,
     cut_at_stop,
     make_batch,
     make_request,
@@ -116,7 +117,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        prompts: str | Iterable[Any],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = False,
@@ -124,7 +125,7 @@ class LLM:
         """Continues prompts.
 
         Args:
-          prompts: one text, several texts, or several lists of token ids.
+          prompts: one text, or an iterable of texts and lists of token ids.
           params: for all prompts, or one a prompt; quality mode by default.
           progress: show a bar. Like stop strings and traces, it makes the host look at the batch
             after each block; otherwise a batch runs as one compiled program.
@@ -186,7 +187,7 @@ class LLM:
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Iterable[int],
         params: SamplingParams | None = None,
         *,
         steps: bool = False,
@@ -217,12 +218,11 @@ class LLM:
         )
 
     def _requests(self, prompts: Any, params: Any) -> list[Request]:
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        elif prompts and isinstance(prompts[0], int):
-            raise PromptError("prompts is a list of numbers; give a list of lists of token ids")
+        prompts = as_prompts(prompts)
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
+        if not all(isinstance(p, SamplingParams) for p in params):
+            raise PromptError("params must be SamplingParams: one, or a list with one a prompt")
         if len(params) != len(prompts):
             raise PromptError(
                 f"{len(prompts)} prompts came with {len(params)} params; give one, or one a prompt"
@@ -362,8 +362,12 @@ class LLM:
             visible = fresh if place is None else fresh[:place]
             fresh = fresh if place is None else fresh[: place + 1]
             if fresh and not ended:
-                sent += len(fresh)
                 piece = matcher.push(text.push(visible)) if text is not None else ""
+                if matcher.stopped:  # ids end behind the token that completes the stop string
+                    so_far = tokens[prompt_length : prompt_length + final].tolist()
+                    cut = cut_at_stop(so_far, params, self.eos_token_ids, self.tokenizer)
+                    fresh = fresh[: len(cut.token_ids) - sent]
+                sent += len(fresh)
                 ended = place is not None or matcher.stopped
                 yield StreamEvent("block", tuple(fresh), piece)
             if matcher.stopped and not done:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -41,6 +41,41 @@ class Request:
         return -(-(len(self.prompt) + self.params.max_tokens) // block) * block
 
 
+def as_prompts(prompts: Any) -> list[str | list[int]]:
+    """What users pass as prompts, as a list of texts and lists of token ids.
+
+    Raises:
+      PromptError: if it is neither a text nor a collection of prompts, or ids are not integers.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise PromptError(
+            f"prompts is a {type(prompts).__name__}; give a text, a list of texts, or a list of "
+            "lists of token ids"
+        )
+    return [_as_prompt(i, prompt) for i, prompt in enumerate(prompts)]
+
+
+def _as_prompt(index: int, prompt: Any) -> str | list[int]:
+    if isinstance(prompt, str):
+        return str(prompt)
+    if isinstance(prompt, Mapping):
+        raise PromptError(f"prompt {index} is a chat message; conversations go to chat()")
+    if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+        raise PromptError(
+            f"prompt {index} is a {type(prompt).__name__}; a prompt is a text or a list of token "
+            "ids, and one prompt of token ids is a list of one list"
+        )
+    tokens = list(prompt)
+    for place, token in enumerate(tokens):
+        if not isinstance(token, (int, np.integer)) or isinstance(token, bool):
+            raise PromptError(
+                f"prompt {index} holds {token!r} at place {place}; token ids are integers"
+            )
+    return [int(token) for token in tokens]
+
+
 def make_request(
     index: int,
     prompt: str | Sequence[int],
@@ -62,7 +97,7 @@ def make_request(
             )
         ids = tokenizer.encode(prompt)
     else:
-        ids = [int(token) for token in prompt]
+        ids = list(prompt)
     if not ids:
         raise PromptError(f"{name} is empty; give at least one token")
     for place, token in enumerate(ids):

@@ -68,6 +68,9 @@ def test_flash_has_no_array_until_asked():
         ({"num_key_value_heads": 3}, "num_attention_heads = 16 must be a multiple"),
         ({"mask_token_id": 200_000}, "mask_token_id = 200000 is outside the vocabulary"),
         ({"vocab_size": None}, "lacks vocab_size"),
+        ({"hidden_size": "2048"}, "hidden_size = '2048' must be of type int"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1 must be of type bool"),
+        ({"rope_theta": "6e5"}, "rope_theta = '6e5' must be of type float"),
     ],
 )
 def test_refused(raw, change, message):

@@ -14,7 +14,7 @@ from llada_jax import LLM, PromptError, SamplingParams
 from llada_jax.checkpoint import CheckpointError
 from llada_jax.decoding import Phase
 from llada_jax.parallel import make_mesh
-from llada_jax.request import bucket
+from llada_jax.request import as_prompts, bucket
 from llada_jax.text import ChatError
 
 PROMPT = "17,18,19,20,"
@@ -140,7 +140,8 @@ def test_stop_string(llm, counted):
         assert any(spelled.endswith(s) for s in params.stop)
         events = list(llm.stream(PROMPT, params))
         assert "".join(event.text for event in events) == result.text
-        assert events[-1].generation == result
+        assert sum((event.token_ids for event in events), ()) == result.token_ids
+        assert_same(events[-1].generation, result)
 
 
 def test_stop_token(llm, counted):
@@ -211,6 +212,12 @@ def test_progress_shows_and_changes_nothing(llm, counted, capsys):
         ([[1, 2], []], None, "prompt 1 is empty"),
         ([[1, 320]], None, "prompt 0 holds token id 320 at place 1; ids go from 0 to 319"),
         ([[-1]], None, "token id -1"),
+        ([33, 39], None, "one prompt of token ids is a list of one list"),
+        (b"17,", None, "prompts is a bytes"),
+        ([{"role": "user"}], None, r"conversations go to chat\(\)"),
+        ([["a"]], None, "prompt 0 holds 'a' at place 0; token ids are integers"),
+        ([[34.5, 28]], None, "prompt 0 holds 34.5"),
+        ([[True]], None, "prompt 0 holds True"),
         ([[7] * 2048], None, "prompt 0 has 2048 tokens, but the model's context is 2048"),
         ([[7] * 2000], SPEED, "use max_tokens <= 48"),
         ("1,", [SPEED, SPEED], "1 prompts came with 2 params"),
@@ -220,6 +227,16 @@ def test_progress_shows_and_changes_nothing(llm, counted, capsys):
 def test_bad_prompts(llm, prompts, params, message):
     with pytest.raises(PromptError, match=message):
         llm.generate(prompts, params)
+
+
+def test_prompts_of_other_kinds(llm, counted):
+    """Generators, tuples and arrays of ids are prompts too; an empty list has no results."""
+    ids = llm.tokenizer.encode(PROMPT)
+    for prompts in (iter([PROMPT]), (PROMPT,), np.array([ids]), [np.array(ids)]):
+        assert_same(llm.generate(prompts, SPEED)[0], counted)
+    assert llm.generate([], SPEED) == []
+    with pytest.raises(PromptError, match="prompts is a NoneType; give a text"):
+        as_prompts(None)
 
 
 def test_chat_without_a_template(llm):

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from llada_jax.bench.reference_loop import ReferenceLoop
+from llada_jax.compilation_cache import enable_compilation_cache
 from llada_jax.config import ModelConfig
 from llada_jax.decoding import Decoder, DecodeResult, ModelDenoiser, RowSettings, SamplingParams
 from llada_jax.model import LLaDA2, count_parameters
@@ -64,6 +65,7 @@ def bench_decode(
     Raises:
       BenchError: if the loops do not write the same tokens in the same number of forwards.
     """
+    enable_compilation_cache()
     config = widen(config or ModelConfig.from_name("counting"), width)
     _check(config, prompt_length, new_tokens, batches, repeats)
     model = LLaDA2(config)

@@ -303,5 +303,5 @@ def not_finite(
         )
     return CheckpointError(
         f"{position} is {float(stored[row, col])}; the file is damaged or the training diverged: "
-        "fetch it again, or load with check_finite=False"
+        "fetch it again, or use an earlier checkpoint"
     )

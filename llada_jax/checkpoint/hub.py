@@ -11,9 +11,11 @@ _DOWNLOAD = (
     "*.json",
     "*.safetensors",
     "*.jinja",
-    "tokenizer.model",
+    "*.model",
     "vocab.txt",
     "merges.txt",
+    "configuration_*.py",  # copied along by convert, never run here
+    "modeling_*.py",
 )
 
 

@@ -201,8 +201,7 @@ def _refuse_not_finite(folder: Path, config: ModelConfig, flat: dict[str, jax.Ar
             if not finite[piece.lead]:
                 raise CheckpointError(
                     f"{path}{list(piece.lead)} ({piece.name}) in {folder} holds NaN or infinity; "
-                    "the training diverged, or dtype is too narrow: use an earlier checkpoint, or "
-                    "load with check_finite=False"
+                    "the training diverged, or dtype is too narrow: use an earlier checkpoint"
                 )
 
 

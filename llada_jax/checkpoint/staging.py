@@ -22,7 +22,7 @@ COMPANION_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "tokenizer.model",
+    "*.model",
     "vocab.json",
     "vocab.txt",
     "merges.txt",

@@ -1,5 +1,5 @@
 """The command line: ``llada-jax COMMAND``; one file a command."""
 
-from llada_jax.cli.app import main
+from llada_jax.cli.app import main, run_process
 
-__all__ = ["main"]
+__all__ = ["main", "run_process"]

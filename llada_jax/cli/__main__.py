@@ -1,7 +1,5 @@
 """``python -m llada_jax.cli``."""
 
-import sys
+from llada_jax.cli.app import run_process
 
-from llada_jax.cli.app import main
-
-sys.exit(main())
+run_process()

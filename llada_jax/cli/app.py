@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from llada_jax.cli.parser import Parser, UsageError, did_you_mean
 
@@ -56,6 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(line, file=sys.stderr)
         return 2
+
+
+def run_process() -> NoReturn:
+    """The console script: ``main`` for a process of its own."""
+    code = main()
+    if code == _INTERRUPTED:
+        # A compilation may still be running in XLA's threads; taking the interpreter down under it
+        # would crash.
+        print("llada-jax: interrupted", file=sys.stderr, flush=True)
+        os._exit(code)
+    sys.exit(code)
 
 
 def error_line(error: Exception) -> str | None:

@@ -1,7 +1,7 @@
 """Watch the built-in model count on: 2.0's decoding, then quality mode, then speed mode.
 
 All three run 2.1's loop; they differ in two thresholds. 2.0 writes a token once and only when it
-is nearly certain; quality mode drafts earlier and edits; speed mode drafts at once and edits more.
+is nearly certain; quality mode drafts earlier and edits; speed mode drafts earliest.
 """
 
 from __future__ import annotations

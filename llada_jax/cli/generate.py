@@ -23,7 +23,7 @@ from llada_jax.cli.output import (
     summary,
 )
 from llada_jax.cli.parser import UsageError, token_ids
-from llada_jax.cli.sampling_flags import add_sampling_arguments, sampling_params
+from llada_jax.cli.sampling_flags import add_sampling_arguments, is_assignment, sampling_params
 from llada_jax.decoding import SamplingParams
 from llada_jax.generation import Generation
 from llada_jax.llm import LLM
@@ -35,7 +35,11 @@ Prompts = list[str] | list[list[int]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Prompts, output, model and sampling."""
     parser.add_argument(
-        "prompts", nargs="*", metavar="PROMPT", help="text; the standard input if there is none"
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="text; the standard input if there is none. decode=MODE and FIELD=VALUE set what "
+        "--mode and --set do",
     )
     parser.add_argument("--prompt-file", metavar="F", type=Path, help="a file, a prompt a line")
     parser.add_argument(
@@ -54,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Samples and prints."""
+    args.assignments += [word for word in args.prompts if is_assignment(word)]
+    args.prompts = [word for word in args.prompts if not is_assignment(word)]
     params = sampling_params(args, return_trace=args.trace is not None)
     if args.trace is not None and not args.trace.absolute().parent.is_dir():
         raise UsageError(f"--trace {args.trace}: its folder does not exist; create it first")

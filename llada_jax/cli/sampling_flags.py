@@ -11,6 +11,7 @@ from typing import Any
 
 from llada_jax.cli.parser import UsageError
 from llada_jax.decoding import SamplingParams
+from llada_jax.decoding.params import ALIASES, FIELD_NAMES
 
 MODES = ("quality", "speed", "v20")
 _MODE_KEYS = ("mode", "decode")
@@ -78,6 +79,12 @@ def sampling_params(args: argparse.Namespace, **fields: Any) -> SamplingParams:
         if name in given:
             raise UsageError(f"{name} is given twice, by its flag and by --set")
     return SamplingParams.from_mode(mode or args.mode or MODES[0], **given, **assigned, **fields)
+
+
+def is_assignment(word: str) -> bool:
+    """Whether a bare word such as ``decode=speed`` or ``gen_length=80`` is a setting."""
+    name, equals, _ = word.partition("=")
+    return bool(equals) and name in (*_MODE_KEYS, *FIELD_NAMES, *ALIASES)
 
 
 def parse_assignments(assignments: Iterable[str]) -> tuple[str | None, dict[str, Any]]:

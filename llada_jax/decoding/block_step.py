@@ -12,7 +12,7 @@ from llada_jax.decoding.denoiser import Denoiser
 from llada_jax.decoding.rules import mask_to_token, token_to_token, transfer_quota
 from llada_jax.decoding.sampling import Proposal, adjust_logits, propose
 from llada_jax.decoding.state import DecodeState, Phase, put_span, take_span
-from llada_jax.decoding.transitions import advance, finish_block, is_stop_token
+from llada_jax.decoding.transitions import advance, finish_block, is_stop_token, uses_quota_rule
 from llada_jax.model import write_cache
 
 
@@ -34,9 +34,9 @@ def block_step(
     positions = state.position[:, None] + jnp.arange(block_length)
     live = jnp.broadcast_to(active[:, None], tokens.shape)
     with jax.named_scope("forward"):
-        hidden, fresh = denoiser.forward(
-            params, tokens, positions, None, state.cache, state.position, live
-        )
+        # A row that waits must not make the others read as far as it has come.
+        prefix = jnp.where(active, state.position, 0)
+        hidden, fresh = denoiser.forward(params, tokens, positions, None, state.cache, prefix, live)
     cache = write_cache(state.cache, fresh, state.position, live)
     with jax.named_scope("propose"):
         logits = adjust_logits(
@@ -137,10 +137,9 @@ def _block_is_finished(
         | (state.step >= settings.steps)
         | (settings.eos_early_stop & wrote_stop & text_complete)
     )
-    quota_rule = (settings.steps > 0) & jnp.isinf(settings.editing_threshold)
     # Only a model that may predict the mask gets here without finishing first.
     capped = state.step >= 4 * block_length + settings.max_post_steps
-    return jnp.where(quota_rule, v20, v21) | capped
+    return jnp.where(uses_quota_rule(state), v20, v21) | capped
 
 
 def _first(where: Bool[Array, "B S"], state: DecodeState) -> Int[Array, " B"]:

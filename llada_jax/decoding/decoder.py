@@ -192,8 +192,21 @@ class Decoder:
           state: given up to the call; its other rows are untouched.
           row: the place.
           tokens, prompt_length, end: as in ``decode``, for one row.
-          settings: of one row (``B = 1``), with as many stop-token slots as the batch has.
+          settings: of one row (``B = 1``).
+
+        Raises:
+          ValueError: if the request has more stop tokens than the batch has slots.
         """
+        slots, wanted = state.settings.stop_tokens.shape[1], settings.stop_tokens.shape[1]
+        if wanted > slots:
+            raise ValueError(
+                f"the request needs {wanted} stop-token slots, but the batch was started with "
+                f"{slots}; start it with RowSettings.from_params(..., stop_slots={wanted})"
+            )
+        padding = ((0, 0), (0, slots - wanted))
+        settings = settings.replace(
+            stop_tokens=jnp.pad(settings.stop_tokens, padding, constant_values=-1)
+        )
         one = self._start(
             params,
             tokens[None],

@@ -48,8 +48,10 @@ def window_step(
     causal = block_causal(positions[:, :, None], positions[:, None, :], block_length)
     mask = inside[:, None, :] & (editing[:, None, None] | causal)
     with jax.named_scope("window_forward"):
-        live = inside & (editing | rewriting)[:, None]
-        hidden, fresh = denoiser.forward(params, tokens, positions, mask, state.cache, start, live)
+        active = editing | rewriting
+        live = inside & active[:, None]
+        prefix = jnp.where(active, start, 0)
+        hidden, fresh = denoiser.forward(params, tokens, positions, mask, state.cache, prefix, live)
     changed = positions >= state.changed_from[:, None]
     cache = write_cache(state.cache, fresh, start, inside & changed & rewriting[:, None])
     with jax.named_scope("window_decide"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 from typing import Any, no_type_check
 
 from llada_jax.config import unknown_field_message
@@ -15,7 +16,6 @@ ALIASES = {
     "max_new_tokens": "max_tokens",
     "edit_threshold": "editing_threshold",
     "max_post_edit_steps": "max_post_steps",
-    "minimal_topk": "num_to_transfer",
     "num_inference_steps": "steps",
     "denoising_steps": "steps",
 }
@@ -89,9 +89,11 @@ class SamplingParams:
     return_trace: bool = False
 
     def __post_init__(self):
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        tokens: Any = self.stop_token_ids
+        tokens = (tokens,) if isinstance(tokens, int) else tuple(tokens or ())
+        object.__setattr__(self, "stop_token_ids", tokens)
         for name, (low, high) in _INTEGERS.items():
             self._check_number(name, low, high, integer=True)
         for name, (low, high) in _REALS.items():
@@ -113,7 +115,7 @@ class SamplingParams:
         if not all(isinstance(s, str) and s for s in stop):
             raise SamplingError(f"stop = {self.stop!r} must hold non-empty strings")
         for token in self.stop_token_ids:
-            if not isinstance(token, int) or token < 0:
+            if not _is_number_in(token, 0, math.inf, integer=True):
                 raise SamplingError(f"stop_token_ids holds {token!r}; token ids are integers >= 0")
 
     def _check_number(self, name: str, low: int, high: float | int, *, integer: bool):
@@ -156,8 +158,9 @@ class SamplingParams:
 
 def _is_number_in(value: Any, low: int, high: float | int, integer: bool) -> bool:
     """Whether a value is a number (not a boolean, not NaN) of the range."""
-    kinds = (int,) if integer else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
+    kind: Any = numbers.Integral if integer else numbers.Real  # numpy's numbers are among them
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    return is_number and low <= float(value) <= high
 
 
 _OPTIONAL = (
@@ -183,10 +186,10 @@ _INTEGERS = {
 _REALS = {
     "threshold": (0, 1),
     "editing_threshold": (0, 1),
-    "temperature": (0, math.inf),
+    "temperature": (0, 1e6),
     "top_p": (0, 1),
     "min_p": (0, 1),
-    "penalty_lambda": (0, math.inf),
+    "penalty_lambda": (0, 1e6),
     "multi_block_entropy_quantile": (0, 1),
 }
 FIELD_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))

@@ -58,6 +58,7 @@ class RowSettings(flax.struct.PyTreeNode):
         params: Sequence[SamplingParams],
         eos_token_ids: Sequence[int],
         seeds: Sequence[int],
+        stop_slots: int = 8,
     ) -> RowSettings:
         """Gathers the settings of a batch.
 
@@ -65,13 +66,16 @@ class RowSettings(flax.struct.PyTreeNode):
           params: one a row; equal ``block_length``.
           eos_token_ids: the model's end-of-text tokens.
           seeds: one a row, used where the row draws.
+          stop_slots: stop tokens that a row can have; raised to the next power of two if a row
+            needs more. It is part of the compiled shape.
         """
 
         def column(values, dtype) -> Array:
             return jnp.asarray(np.array(list(values), dtype))
 
         stops = [[*([] if p.ignore_eos else eos_token_ids), *p.stop_token_ids] for p in params]
-        width = max(4, 1 << (max(map(len, stops)) - 1).bit_length() if any(stops) else 0)
+        most = max(map(len, stops))
+        width = stop_slots if most <= stop_slots else 1 << (most - 1).bit_length()
         real, whole, truth = np.float32, np.int32, np.bool_
         return cls(
             threshold=column((p.threshold for p in params), real),

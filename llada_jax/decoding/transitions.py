@@ -60,10 +60,15 @@ def advance(state: DecodeState, rows: Bool[Array, " B"], block_length: int) -> D
 
 
 def _has_stopped(state: DecodeState, block_end: Array) -> Bool[Array, " B"]:
-    """Whether the generated text, never the prompt, holds a stop token."""
+    """Whether the generated text, never the prompt, holds a stop token; 2.0 always stops then."""
     found = is_stop_token(state.tokens, state.settings.stop_tokens)
     stops = (found & _generated(state, block_end)).any(-1)
-    return state.settings.eos_early_stop & stops
+    return stops & (state.settings.eos_early_stop | uses_quota_rule(state))
+
+
+def uses_quota_rule(state: DecodeState) -> Bool[Array, " B"]:
+    """Rows decoded as by 2.0's loop: a schedule of steps, no editing."""
+    return (state.settings.steps > 0) & jnp.isinf(state.settings.editing_threshold)
 
 
 def is_stop_token(tokens: Int[Array, "B T"], stop_tokens: Int[Array, "B n"]) -> Bool[Array, "B T"]:

@@ -93,9 +93,9 @@ def _ragged_dot(rows: Array, matrices: Array, sizes: Array) -> Array:
 
 
 def _tile_rows(rows: int, groups: int) -> int:
-    """Tile height: about one mean group, between 8 and 64 rows."""
+    """Tile height: about one mean group, between 8 and 128 rows."""
     mean = max(1, rows // groups)
-    return min(64, max(8, 1 << (mean - 1).bit_length()))
+    return min(128, max(8, 1 << (mean - 1).bit_length()))
 
 
 def _tiles(sizes: Array, rows: int, height: int) -> tuple[Array, Array, Array]:
@@ -149,10 +149,15 @@ def _tile_outer(rows: Array, cotangent: Array, sizes: Array) -> Array:
         tile = jax.lax.dynamic_slice(padded, (start[i], 0), (height, inner))
         of_tile = jax.lax.dynamic_slice(padded_cotangent, (start[i], 0), (height, outer))
         inside = start[i] + jnp.arange(height) < ends[group[i]]
-        of_tile = jnp.where(inside[:, None], of_tile, 0)
-        product = jnp.dot(tile.T, of_tile, precision=precision_of(tile.dtype))
+        tile, of_tile = (jnp.where(inside[:, None], a, 0) for a in (tile, of_tile))
+        product = jnp.dot(
+            tile.T,
+            of_tile,
+            precision=precision_of(tile.dtype),
+            preferred_element_type=jnp.float32,
+        )
         old = jax.lax.dynamic_slice(out, (group[i], 0, 0), (1, inner, outer))
         return jax.lax.dynamic_update_slice(out, old + product[None], (group[i], 0, 0))
 
-    out = jnp.zeros((len(sizes), inner, outer), rows.dtype)
-    return jax.lax.fori_loop(0, count, body, out)
+    out = jnp.zeros((len(sizes), inner, outer), jnp.float32)  # tiles add up in float32
+    return jax.lax.fori_loop(0, count, body, out).astype(rows.dtype)

@@ -255,4 +255,4 @@ def test_parameters_that_do_not_fit(tmp_path, loaded):
 
 def test_progress_bar(tmp_path, loaded, capsys):
     save_hf(tmp_path / "out", *loaded, progress=True)
-    assert "writing weights" in capsys.readouterr().out
+    assert "writing weights" in capsys.readouterr().err

@@ -71,7 +71,7 @@ def test_bench_decode_fails_when_the_loops_disagree(monkeypatch):
 def test_widen_keeps_heads_layers_and_experts():
     config = ModelConfig.from_name("counting")
     wide = bench.widen(config, 4)
-    assert (wide.hidden_size, wide.num_attention_heads, wide.head_dim) == (512, 16, 32)
+    assert (wide.hidden_size, wide.num_attention_heads, wide.head_dim) == (512, 4, 128)
     assert (wide.num_experts, wide.num_hidden_layers, wide.vocab_size) == (16, 3, 320)
 
 

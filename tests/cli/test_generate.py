@@ -23,6 +23,7 @@ def test_three_ways_to_say_the_same(run):
     )
     flags = ("--threshold", "0.5", "--editing-threshold", "0", "--max-tokens", "80")
     assert run("generate", *flags, PROMPT, "--json") == first
+    assert run("generate", PROMPT, "decode=speed", "gen_length=80", "--json") == first
 
 
 def test_json_is_an_object_a_line(run, tmp_path):

@@ -177,34 +177,53 @@ def test_mask_id_in_a_prompt_is_a_token_like_any_other(decoder, counting):
 
 
 def test_multi_block_editing_keeps_the_cache_exact(counting):
+    """After every rewrite of a window, keys and values are those of a fresh prefill."""
+    params = counting[1]
     decoder = Decoder(ModelDenoiser(counting[0]), prefill_chunk=32, max_window=2)
-    requests = [
-        (encode("7,"), SamplingParams.speed(max_tokens=90, multi_block_window=2, threshold=0.1)),
-        (encode("17,18,19,"), SamplingParams.speed(max_tokens=60)),
-    ]
-    state = decoder.start(counting[1], *batch_of(requests, rows=2, length=160))
-    phases = set()
-    while not bool(state.done.all()):
-        state, _ = decoder.run(counting[1], state, max_forwards=1)
-        phases |= set(np.asarray(state.phase).tolist())
-        committed = np.asarray(state.position)
-        if (np.asarray(state.phase) == Phase.DENOISE).all():
-            again = decoder.start(
-                counting[1], np.asarray(state.tokens), committed, committed + 32, state.settings
-            )
-            for row, length in enumerate(committed):
-                np.testing.assert_allclose(
-                    state.cache.keys[:, row, :, :length],
-                    again.cache.keys[:, row, :, :length],
-                    atol=2e-5,
-                )
-    assert Phase.EDIT_WINDOW in phases
-    plain = rows_of(result_of(state), requests)[1]
-    alone = Decoder(ModelDenoiser(counting[0]), prefill_chunk=32)
-    assert (
-        plain
-        == rows_of(alone.decode(counting[1], *batch_of(requests[1:], rows=2)), requests[1:])[0]
+    rng = np.random.default_rng(0)
+    sampling = SamplingParams.speed(
+        max_tokens=90, multi_block_window=2, threshold=0.05, max_post_steps=0, ignore_eos=True
     )
+    requests = [(rng.integers(16, 60, size=n).tolist(), sampling) for n in (5, 31, 40)]
+    requests.append((encode("17,18,19,"), SamplingParams.speed(max_tokens=60)))
+    state = decoder.start(params, *batch_of(requests, length=160))
+    rewrites = 0
+    while not bool(state.done.all()):
+        phase = np.asarray(state.phase)
+        state, _ = decoder.run(params, state, max_forwards=1)
+        rewritten = np.flatnonzero(phase == Phase.REWRITE_WINDOW)
+        if not len(rewritten):
+            continue
+        rewrites += len(rewritten)
+        committed = np.asarray(state.position)
+        again = decoder.start(
+            params, np.asarray(state.tokens), committed, committed + 32, state.settings
+        )
+        for row in rewritten:
+            span = (slice(None), row, slice(None), slice(committed[row]))
+            np.testing.assert_allclose(state.cache.keys[span], again.cache.keys[span], atol=1e-4)
+            np.testing.assert_allclose(
+                state.cache.values[span], again.cache.values[span], atol=1e-4
+            )
+    assert rewrites > 3
+    plain = rows_of(result_of(state), requests)[3]  # a row without a window is not touched
+    alone = Decoder(ModelDenoiser(counting[0]), prefill_chunk=32)
+    result = alone.decode(params, *batch_of(requests[3:]))
+    assert plain == rows_of(result, requests[3:])[0]
+
+
+def test_insert_with_other_numbers_of_stop_tokens(decoder, counting, expected):
+    """A request with fewer slots is padded; one with more than the batch has is an error."""
+    prompt, sampling = REQUESTS[0]
+    row = (canvas_of(prompt), len(prompt), end_of(prompt, sampling))
+    narrow = RowSettings.from_params([sampling], [EOS], [0], stop_slots=2)
+    wide = RowSettings.from_params([sampling], [EOS], [0], stop_slots=16)
+    state = decoder.start(counting[1], *batch_of(REQUESTS))
+    state = decoder.insert(counting[1], state, 1, *row, narrow)
+    state, _ = decoder.run(counting[1], state)
+    assert rows_of(result_of(state), REQUESTS[:1] * 2)[1] == expected[0]
+    with pytest.raises(ValueError, match=r"needs 16 stop-token slots.*started with 8"):
+        decoder.insert(counting[1], state, 1, *row, wide)
 
 
 def test_sharded_equals_unsharded(decoder, counting, expected, golden):

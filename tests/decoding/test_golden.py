@@ -15,6 +15,7 @@ from pallas_kernels import block_causal
 CANVAS = 160
 RECORD = 128
 BLOCK = 32
+COMPARED = 22  # cases of the 36 in which no decision is marginal
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +70,11 @@ def run_recorded(decoder, params, cases):
 
 
 def is_marginal(case) -> bool:
-    """Whether rounding could flip a decision that is written."""
+    """Whether rounding could flip a decision at a generated position."""
     limits = [case["threshold"], case["editing_threshold"]]
-    for step in case["steps"]:
-        p, second = np.array(step["confidence"]), np.array(step["runner_up"])
+    for _, block, step, _ in steps_with_canvas(case):
+        generated = block * BLOCK + np.arange(BLOCK) >= len(case["prompt"])
+        p, second = (np.array(step[key])[generated] for key in ("confidence", "runner_up"))
         if any(np.abs(p - limit).min() < 1e-4 for limit in limits) or (p - second).min() < 1e-4:
             return True
     return False
@@ -96,7 +98,7 @@ def test_whole_outputs_and_forward_counts(decoder, counting, cases):
         for ours, theirs in zip(denoising, case["steps"], strict=True):
             assert ours.before.tolist() == theirs["block_before"]
             np.testing.assert_allclose(ours.confidence, theirs["confidence"], atol=1e-3)
-    assert compared >= 12
+    assert compared == COMPARED
 
 
 def steps_with_canvas(case):
@@ -124,7 +126,7 @@ def test_probabilities_of_every_step(counting, cases):
         out = model.apply({"params": params}, tokens, mask=mask)
         return jax.nn.softmax(model.apply({"params": params}, out.hidden, method="logits"), -1)
 
-    for case in cases[::2]:  # neighbours differ in eos_early_stop at most, or repeat a prompt
+    for case in cases:
         canvases, blocks, steps, _ = zip(*steps_with_canvas(case), strict=True)
         padded = np.zeros((RECORD, CANVAS), np.int32)
         padded[: len(canvases)] = canvases

@@ -1,5 +1,6 @@
 """What users type, rightly and wrongly."""
 
+import numpy as np
 import pytest
 
 from llada_jax import SamplingError, SamplingParams
@@ -21,7 +22,7 @@ def test_aliases():
     ours = SamplingParams(max_tokens=7, editing_threshold=0.2, max_post_steps=3, num_to_transfer=2)
     for length in ("gen_length", "max_new_tokens"):
         assert ours == SamplingParams(
-            **{length: 7}, edit_threshold=0.2, max_post_edit_steps=3, minimal_topk=2
+            **{length: 7}, edit_threshold=0.2, max_post_edit_steps=3, num_to_transfer=2
         )
     assert SamplingParams.speed(gen_length=9).max_tokens == 9
     assert SamplingParams(num_inference_steps=8).steps == 8
@@ -32,6 +33,9 @@ def test_aliases():
 def test_stop_is_a_tuple():
     assert SamplingParams(stop="x").stop == ("x",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()
+    assert SamplingParams(stop_token_ids=5).stop_token_ids == (5,)
+    assert SamplingParams(max_tokens=np.int64(3), threshold=np.float32(0.5)).max_tokens == 3
     assert hash(SamplingParams(stop_token_ids=[1]))
 
 
@@ -53,6 +57,8 @@ def test_stop_is_a_tuple():
         ({"max_tokens": 2.5}, "max_tokens = 2.5 must be an integer"),
         ({"max_tokens": True}, "max_tokens = True"),
         ({"temperature": -1}, "temperature = -1"),
+        ({"temperature": float("inf")}, "temperature = inf"),
+        ({"stop_token_ids": [True]}, "stop_token_ids holds True"),
         ({"top_p": 2}, "top_p = 2"),
         ({"multi_block_window": 2, "editing_threshold": None}, "set an editing_threshold"),
         ({"stop": [""]}, "non-empty strings"),

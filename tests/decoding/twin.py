@@ -51,7 +51,8 @@ def decode(
                 logits, canvas, block, first, length, params, mask_token_id, entropies, result
             )
         generated = canvas[length : (block + 1) * size]
-        if params.eos_early_stop and set(generated.tolist()) & stop_tokens:
+        v20 = params.steps is not None and params.editing_threshold is None
+        if (params.eos_early_stop or v20) and set(generated.tolist()) & stop_tokens:
             break
     result.tokens = canvas[length : (last + 1) * size].tolist()
     return result

@@ -64,6 +64,20 @@ def test_grouped_matmul_and_its_gradients(sizes_of, seed):
         np.testing.assert_allclose(mine, reference, atol=1e-4)
 
 
+def test_bfloat16_gradients_add_up_in_float32():
+    """Many tiles of one group: as close to the float32 gradient as ``ragged_dot``'s."""
+    rng = np.random.default_rng(0)
+    rows, matrices, weight = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((900, 8), (2, 8, 4), (900, 4))
+    )
+    sizes = jnp.array([800, 100])
+    exact = gradients(jnp.asarray(rows), jnp.asarray(matrices), sizes, jnp.asarray(weight))[1]
+    half = [jnp.asarray(a, jnp.bfloat16) for a in (rows, matrices, weight)]
+    rough = gradients(half[0], half[1], sizes, half[2])[1]
+    error = np.abs(np.asarray(rough, np.float32) - exact).max() / np.abs(exact).max()
+    assert error < 1e-2
+
+
 def make_config(**changes) -> ModelConfig:
     base = ModelConfig(
         vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
