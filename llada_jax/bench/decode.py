@@ -22,6 +22,7 @@ from llada_jax.compilation_cache import enable_compilation_cache
 from llada_jax.config import ModelConfig
 from llada_jax.decoding import Decoder, DecodeResult, ModelDenoiser, RowSettings, SamplingParams
 from llada_jax.model import LLaDA2, count_parameters
+from llada_jax.request import Request, make_batch
 
 SAMPLING = SamplingParams(
     threshold=0.5, editing_threshold=0.5, ignore_eos=True, eos_early_stop=False
@@ -163,18 +164,9 @@ def _check(
 def _arguments(
     decoder: Decoder, prompts: np.ndarray, sampling: SamplingParams
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, RowSettings]:
-    batch, prompt_length = prompts.shape
-    block = decoder.block_length
-    end = -(-(prompt_length + sampling.max_tokens) // block) * block
-    tokens = np.full((batch, decoder.canvas_length(end)), decoder.denoiser.mask_token_id, np.int32)
-    tokens[:, :prompt_length] = prompts
-    settings = RowSettings.from_params([sampling] * batch, (), [0] * batch)
-    return (
-        tokens,
-        np.full(batch, prompt_length, np.int32),
-        np.full(batch, end, np.int32),
-        settings,
-    )
+    requests = [Request(i, tuple(row), sampling, seed=0) for i, row in enumerate(prompts.tolist())]
+    batch = make_batch(requests, decoder, (), max_rows=len(requests))
+    return batch.tokens, batch.prompt_length, batch.end, batch.settings
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
