@@ -64,3 +64,39 @@ def block_diffusion(
     noisy_to_clean = ~query_clean & key_clean & (query_block > key_block)
     within_clean = query_clean & key_clean & (query_block >= key_block)
     return within_noisy | noisy_to_clean | within_clean
+
+
+def block_diffusion_packed(
+    query: tuple[Int[Array, "*q"], Int[Array, "*q"], Int[Array, "*q"]],
+    key: tuple[Int[Array, "*k"], Int[Array, "*k"], Int[Array, "*k"]],
+) -> Bool[Array, ...]:
+    """``block_diffusion`` for several noisy copies and several documents in a row.
+
+    A token's coordinates are ``(copy, block, document)``: ``copy`` 0 is the clean one, 1, 2, … are
+    noisy; ``block`` counts within the document. Clean tokens never see noisy ones, noisy copies
+    never see each other, documents never see each other. With two copies of four tokens and
+    ``block_length = 2``::
+
+               x_t       x_t'      x_0
+        x_t  1 1 . . | . . . . | . . . .
+             1 1 . . | . . . . | . . . .
+             . . 1 1 | . . . . | 1 1 . .
+             . . 1 1 | . . . . | 1 1 . .
+        x_t' . . . . | 1 1 . . | . . . .
+             . . . . | 1 1 . . | . . . .
+             . . . . | . . 1 1 | 1 1 . .
+             . . . . | . . 1 1 | 1 1 . .
+        x_0  . . . . | . . . . | 1 1 . .
+             . . . . | . . . . | 1 1 . .
+             . . . . | . . . . | 1 1 1 1
+             . . . . | . . . . | 1 1 1 1
+
+    Args:
+      query: coordinates of the queries.
+      key: coordinates of the keys, broadcastable against the queries'.
+    """
+    query_copy, query_block, query_document = query
+    key_copy, key_block, key_document = key
+    own_block = (query_copy == key_copy) & (query_block == key_block)
+    clean_before = (key_copy == 0) & (key_block < query_block)
+    return (query_document == key_document) & (own_block | clean_before)

@@ -40,21 +40,22 @@ def project_qkv(
 
 def attend(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B K T H"],
-    value: Float[Array, "B K T H"],
-    mask: Bool[Array, "#B T T"] | None = None,
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S H"],
+    mask: Bool[Array, "#B T S"] | None = None,
     cache: KVCache | None = None,
     cache_length: Int[Array, " B"] | None = None,
     layer: Int[Array, ""] | int = 0,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention of fresh queries over fresh keys and a cached prefix.
+    """Softmax attention of fresh queries over the keys given and a cached prefix.
 
     The prefix is read where it lies, in pieces up to the longest row's length: what a canvas has
     beyond costs nothing. With a cache there is no gradient.
 
     Args:
-      query, key, value: the fresh tokens; each of the K heads serves ``N / K`` query heads.
-      mask: which fresh keys a fresh query sees (at least one each); all of them by default.
+      query: the fresh tokens; each of the K key heads serves ``N / K`` of the N query heads.
+      key, value: the fresh tokens', and a context's before them where there is one.
+      mask: which keys a fresh query sees (at least one each); all of them by default.
       cache: earlier tokens, seen by every query.
       cache_length: how many cached positions of each row are valid; needed with ``cache``.
       layer: which layer of the cache to read.
@@ -62,7 +63,8 @@ def attend(
     Returns:
       The mixed values in ``query``'s dtype; scores and softmax are float32.
     """
-    batch, kv_heads, length, head_dim = key.shape
+    batch, kv_heads, _, head_dim = key.shape
+    length = query.shape[1]
     precision = precision_of(query.dtype)
     # [B, K, G T, H]: all queries that share a key head form one matrix.
     packed = query.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
@@ -92,7 +94,7 @@ def attend(
     if mask is not None:
         tiled = jnp.tile(mask[:, None], (1, 1, groups, 1))  # [B, 1, G T, T]
         fresh = jnp.where(tiled, fresh, -jnp.inf)
-    largest = fresh.max(-1, keepdims=True)
+    largest = jax.lax.stop_gradient(fresh.max(-1, keepdims=True))
     odds = jnp.exp(fresh - largest)
     total, mixed = odds.sum(-1, keepdims=True), mix(odds, value)
     if cache is not None and cache_length is not None:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llada_jax.config import ModelConfig
 from llada_jax.model.attention import attend, project_out, project_qkv
 from llada_jax.model.cache import KVCache
-from llada_jax.model.experts import mixture_of_experts
+from llada_jax.model.experts import RouterStats, mixture_of_experts
 from llada_jax.model.layers import contract, gated_mlp, rms_norm
 from llada_jax.model.rotary import rotary_tables
 from llada_jax.model.weights import WeightSpec, weight_specs
@@ -28,11 +28,13 @@ class ModelOutput(flax.struct.PyTreeNode):
       hidden: final normed hidden states; ``LLaDA2.logits`` turns them into scores.
       fresh: keys and values of the input tokens, to be written to a cache.
       layers: the residual stream after each layer, if it was asked for.
+      router: load and z-loss of the expert layers; ``None`` for a dense model.
     """
 
     hidden: Float[Array, "B T D"]
     fresh: KVCache
     layers: Float[Array, "layers B T D"] | None = None
+    router: RouterStats | None = None
 
 
 class _Weights(nn.Module):
@@ -64,11 +66,14 @@ class LLaDA2(nn.Module):
       config: the architecture.
       dtype: the activations' type; weights are cast to it where they are used.
       param_dtype: the type of freshly initialised weights.
+      remat: what the backward pass of a layer keeps: ``"none"`` (everything: no recomputation),
+        ``"dots"`` (products with weights) or ``"full"`` (only the layer's input).
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    remat: str = "none"
 
     def setup(self):
         """Declares the weights, group by group."""
@@ -82,10 +87,12 @@ class LLaDA2(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         *,
-        mask: Bool[Array, "#B T T"] | None = None,
+        mask: Bool[Array, "#B T S"] | None = None,
         cache: KVCache | None = None,
         cache_length: Int[Array, " B"] | None = None,
+        context: KVCache | None = None,
         live: Bool[Array, "B T"] | None = None,
+        embedding_noise: Float[Array, "B T D"] | None = None,
         return_layers: bool = False,
     ) -> ModelOutput:
         """Runs the layers over fresh tokens, after an optional cached prefix.
@@ -93,10 +100,13 @@ class LLaDA2(nn.Module):
         Args:
           tokens: token ids in ``[0, V)``.
           positions: absolute positions; ``0 … T-1`` by default.
-          mask: which fresh tokens each fresh token sees; all of them by default.
+          mask: which tokens each fresh token sees, those of ``context`` first; all by default.
           cache: keys and values of earlier tokens, seen by every fresh token. Inference only.
           cache_length: valid cache positions of each row; needed with ``cache``.
+          context: keys and values of other tokens, seen as ``mask`` says. Unlike a cache it has
+            a gradient: the noisy copies of a training step read the clean copy through it.
           live: tokens whose result matters (see ``mixture_of_experts``).
+          embedding_noise: added to the embedded tokens.
           return_layers: also return the residual stream after each layer.
 
         Returns:
@@ -108,32 +118,45 @@ class LLaDA2(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         cos, sin = rotary_tables(positions, config, self.dtype)
 
-        def layer(x, w, index, feed_forward):
+        def layer(x, w, index, before, feed_forward):
             with jax.named_scope("attention"):
                 normed = rms_norm(x, w["attention_norm"]["scale"], config.rms_norm_eps)
                 query, key, value = project_qkv(normed, w["attention"], cos, sin, config)
-                mixed = attend(query, key, value, mask, cache, cache_length, index)
+                seen_key, seen_value = key, value
+                if before is not None:
+                    seen_key = jnp.concatenate([before.keys, key], axis=2)
+                    seen_value = jnp.concatenate([before.values, value], axis=2)
+                mixed = attend(query, seen_key, seen_value, mask, cache, cache_length, index)
                 x = x + project_out(mixed, w["attention"]["out"])
             with jax.named_scope("feed_forward"):
                 normed = rms_norm(x, w["mlp_norm"]["scale"], config.rms_norm_eps)
-                x = x + feed_forward(normed, w)
-            return x, (key, value, x if return_layers else None)
+                added, stats = feed_forward(normed, w)
+                x = x + added
+            return x, (key, value, x if return_layers else None, stats)
 
         def stack(x, group, first_layer, feed_forward):
             count = len(group["attention_norm"]["scale"])
             index = jnp.arange(count)
 
-            def body(x, step):
-                w, i = step
-                return layer(x, w, first_layer + i, lambda n, w: feed_forward(n, w, i))
+            before = jax.tree.map(lambda a: a[first_layer : first_layer + count], context)
 
-            return jax.lax.scan(body, x, (group, index))
+            def body(x, step):
+                w, i, before = step
+                return layer(x, w, first_layer + i, before, lambda n, w: feed_forward(n, w, i))
+
+            return jax.lax.scan(_checkpointed(body, self.remat), x, (group, index, before))
 
         x = jnp.take(weights["embed"]["embedding"], tokens, axis=0).astype(self.dtype)
-        outputs = []
+        if embedding_noise is not None:
+            x = x + embedding_noise.astype(self.dtype)
+        outputs, router = [], None
         if config.num_dense_layers:
-            x, out = stack(x, weights["dense_layers"], 0, lambda n, w, i: gated_mlp(n, w["mlp"]))
-            outputs.append(out)
+
+            def dense(normed, w, i):
+                return gated_mlp(normed, w["mlp"]), None
+
+            x, out = stack(x, weights["dense_layers"], 0, dense)
+            outputs.append(out[:3])
         if config.num_moe_layers:
             group, experts = weights["moe_layers"], None
             if cache is not None:
@@ -149,22 +172,36 @@ class LLaDA2(nn.Module):
                     normed, w["moe"] | {"experts": experts}, config, live, layer=i
                 )
 
-            x, out = stack(x, group, config.num_dense_layers, moe)
-            outputs.append(out)
+            x, (*out, router) = stack(x, group, config.num_dense_layers, moe)
+            outputs.append(tuple(out))
         keys, values, layers = jax.tree.map(lambda *a: jnp.concatenate(a), *outputs)
         hidden = rms_norm(x, weights["final_norm"]["scale"], config.rms_norm_eps)
-        return ModelOutput(hidden, KVCache(keys, values), layers)
+        return ModelOutput(hidden, KVCache(keys, values), layers, router)
+
+    def head(self) -> Float[Array, "D V"]:
+        """The matrix from hidden states to scores, as it is stored."""
+        if self.config.tie_word_embeddings:
+            return self._groups["embed"]()["embedding"].T
+        return self._groups["lm_head"]()["kernel"]
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Scores over the vocabulary, float32; the product itself runs in ``dtype``."""
         with jax.named_scope("lm_head"):
-            if self.config.tie_word_embeddings:
-                kernel = self._groups["embed"]()["embedding"].T
-            else:
-                kernel = self._groups["lm_head"]()["kernel"]
-            return contract("...d,dv->...v", hidden, kernel).astype(jnp.float32)
+            return contract("...d,dv->...v", hidden, self.head()).astype(jnp.float32)
 
     def init_params(self, key: Array) -> dict[str, Any]:
         """Freshly initialised weights, as the nested dictionary that ``apply`` takes."""
         tokens = jnp.zeros((1, 1), jnp.int32)
         return jax.jit(lambda k: self.init(k, tokens)["params"])(key)
+
+
+def _checkpointed(body, remat: str):
+    if remat == "none":
+        return body
+    policies = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }
+    if remat not in policies:
+        raise ValueError(f"remat {remat!r} is none of none, dots, full")
+    return jax.checkpoint(body, policy=policies[remat], prevent_cse=False)
