@@ -1,0 +1,138 @@
+"""Clean and noisy copies through the model: in two passes, or joint in one. Equal results."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from llada_jax.model import KVCache
+from llada_jax.model.experts import RouterStats
+from pallas_kernels import block_diffusion_packed
+
+
+class Rows(NamedTuple):
+    """The geometry of a packed batch.
+
+    Attributes:
+      positions: positions within the documents.
+      document: 0 for padding, 1, 2, … within a row.
+      block: ``positions // block_size``.
+    """
+
+    positions: Int[Array, "B L"]
+    document: Int[Array, "B L"]
+    block: Int[Array, "B L"]
+
+    @classmethod
+    def of(
+        cls, positions: Int[Array, "B L"], document: Int[Array, "B L"], block_size: int | None
+    ) -> Rows:
+        """``block_size=None``: a document is one block."""
+        block = jnp.zeros_like(positions) if block_size is None else positions // block_size
+        return cls(positions, document, block)
+
+    def visible(self, query_copy: int, key_copy: int) -> Bool[Array, "B L L"]:
+        """``block_diffusion_packed`` between two copies; 0 is the clean one."""
+
+        def coordinates(copy: int, axis: int) -> tuple[Array, Array, Array]:
+            block = jnp.expand_dims(self.block, axis)
+            return jnp.full_like(block, copy), block, jnp.expand_dims(self.document, axis)
+
+        return block_diffusion_packed(coordinates(query_copy, 2), coordinates(key_copy, 1))
+
+
+class Pass(NamedTuple):
+    """Hidden states of a pass, and what its routers did."""
+
+    hidden: Float[Array, "B N L D"]
+    router: RouterStats | None
+
+
+def clean_context(
+    model: nn.Module, params: Any, tokens: Int[Array, "B L"], rows: Rows
+) -> tuple[KVCache, RouterStats | None]:
+    """The clean copy's keys and values, block-causal; the noisy copies read them."""
+    out: Any = model.apply(
+        {"params": params},
+        tokens,
+        rows.positions,
+        mask=rows.visible(0, 0),
+        live=rows.document > 0,
+    )
+    return out.fresh, out.router
+
+
+def noisy_pass(
+    model: nn.Module,
+    params: Any,
+    noisy: Int[Array, "B N L"],
+    rows: Rows,
+    context: KVCache | None,
+    embedding_noise: Float[Array, "B N L D"] | None = None,
+) -> Pass:
+    """Noisy copies, each over its own blocks and the clean ones before.
+
+    Args:
+      model, params: the model.
+      noisy: N drafts of one batch.
+      rows: its geometry.
+      context: ``clean_context``; ``None`` without a clean copy (MDLM).
+      embedding_noise: added to the embedded tokens.
+    """
+    batch, copies, length = noisy.shape
+
+    def flat(x: Array) -> Array:
+        return x.reshape(batch * copies, *x.shape[2:])
+
+    def repeated(x: Array, axis: int = 0) -> Array:
+        return jnp.repeat(x, copies, axis=axis)
+
+    mask = rows.visible(1, 1)
+    if context is not None:
+        mask = jnp.concatenate([rows.visible(1, 0), mask], axis=-1)
+        context = jax.tree.map(lambda x: repeated(x, 1), context)
+    out: Any = model.apply(
+        {"params": params},
+        flat(noisy),
+        repeated(rows.positions),
+        mask=repeated(mask),
+        context=context,
+        live=repeated(rows.document > 0),
+        embedding_noise=None if embedding_noise is None else flat(embedding_noise),
+    )
+    hidden = out.hidden.reshape(batch, copies, length, -1)
+    return Pass(hidden, out.router)
+
+
+def joint_pass(
+    model: nn.Module,
+    params: Any,
+    noisy: Int[Array, "B N L"],
+    tokens: Int[Array, "B L"],
+    rows: Rows,
+    embedding_noise: Float[Array, "B N L D"] | None = None,
+) -> Pass:
+    """One pass over ``[x_t ; x_t' ; … ; x_0]``: (N+1) L tokens, one clean copy for all."""
+    batch, copies, length = noisy.shape
+    order = [*range(1, copies + 1), 0]
+    everything = jnp.concatenate([noisy, tokens[:, None]], axis=1).reshape(batch, -1)
+    mask = jnp.concatenate(
+        [jnp.concatenate([rows.visible(q, k) for k in order], axis=-1) for q in order], axis=1
+    )
+    if embedding_noise is not None:
+        embedding_noise = jnp.pad(embedding_noise, ((0, 0), (0, 1), (0, 0), (0, 0)))
+        embedding_noise = embedding_noise.reshape(*everything.shape, -1)
+    out: Any = model.apply(
+        {"params": params},
+        everything,
+        jnp.tile(rows.positions, (1, copies + 1)),
+        mask=mask,
+        live=jnp.tile(rows.document > 0, (1, copies + 1)),
+        embedding_noise=embedding_noise,
+    )
+    hidden = out.hidden.reshape(batch, copies + 1, length, -1)[:, :copies]
+    return Pass(hidden, out.router)
