@@ -21,6 +21,10 @@ COMMANDS = {
     "info": "what a configuration describes: sizes and parameter counts",
     "convert": "convert a checkpoint between the Hugging Face and orbax layouts",
     "verify": "how far two models agree on the same tokens",
+    "merge": "average the weights of several checkpoints",
+    "viz": "draw the curves of training runs",
+    "eval": "solve generated problems: accuracy and speed",
+    "train": "pre-train or fine-tune; the same command resumes",
     "bench": "measure decoding speed, or loading",
 }
 

@@ -1,13 +1,16 @@
-"""Measure: `bench decode` the decoder beside the released code's loop, `bench load` an import.
+"""Measure: `bench decode` the decoder beside the released code's loop, `bench load` an import,
+`bench train` training steps and the memory of the loss.
 
 llada-jax bench decode --json
 llada-jax bench decode --batch 1 4 16 --prompt-length 128
 llada-jax bench load --gigabytes 2
+llada-jax bench train --rounds 2 --json
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +22,7 @@ from llada_jax.cli.parser import UsageError, positive_int
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure."""
-    parser.add_argument("what", choices=("decode", "load"))
+    parser.add_argument("what", choices=("decode", "load", "train"))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     decode = parser.add_argument_group("bench decode")
     for name, default, text in (
@@ -39,6 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="prompts decoded together (1 8)",
     )
+    train = parser.add_argument_group("bench train")
+    train.add_argument("--config", default="nano", help="the model's shape (nano)")
+    for name, default, text in (
+        ("--rows", 32, "rows a step"),
+        ("--length", 64, "tokens a row"),
+        ("--rounds", 2, "rounds of the multi-turn forward"),
+        ("--steps", 5, "steps to time; the median is reported"),
+    ):
+        train.add_argument(
+            name, type=positive_int, default=default, metavar="N", help=f"{text} ({default})"
+        )
+    train.add_argument("--bfloat16", action="store_true", help="mixed precision")
     load = parser.add_argument_group("bench load")
     load.add_argument(
         "--gigabytes", type=float, default=2.0, metavar="X", help="size of the checkpoint (2)"
@@ -47,13 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures and prints."""
-    measured = _decode(args) if args.what == "decode" else _load(args)
+    measured = {"decode": _decode, "load": _load, "train": _train}[args.what](args)
     if args.json:
         print_json(measured)
     elif args.what == "decode":
         _print_decode(measured)
     else:
-        _print_load(measured)
+        _print_values(measured)
     return 0
 
 
@@ -107,12 +122,39 @@ def _print_decode(measured: dict[str, Any]) -> None:
     Console(highlight=False).print(table)
 
 
-def _print_load(measured: dict[str, Any]) -> None:
+def _train(args: argparse.Namespace) -> dict[str, Any]:
+    from llada_jax.bench.train import bench_train
+
+    with Console(stderr=True).status("") as status:
+        return bench_train(
+            args.config,
+            args.rows,
+            args.length,
+            args.rounds,
+            args.steps,
+            mixed_precision=args.bfloat16,
+            report=status.update,
+        )
+
+
+def _print_values(measured: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None)
-    for name, value in measured.items():
+    for name, value in _flattened(measured):
         if name.endswith("bytes"):
             name, shown = name.removesuffix("_bytes"), f"{value / 1e9:.2f} GB"
+        elif name == "mfu":
+            shown = f"{100 * value:.1f} %"
+        elif isinstance(value, float):
+            shown = f"{value:.2f}" if value < 1e4 else f"{value:.3g}"
         else:
-            shown = f"{value:.2f}"
+            shown = str(value)
         table.add_row(name.replace("_", " "), shown)
     Console(highlight=False).print(table)
+
+
+def _flattened(measured: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in measured.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{name} ")
+        else:
+            yield prefix + name, value
