@@ -3,7 +3,8 @@
 from llada_jax import LLM, SamplingParams
 
 llm = LLM()
-print(llm.generate("17,18,19,", SamplingParams.speed(max_tokens=40))[0].text)
+chat = [{"role": "user", "content": "Solve 31.2/..13/4321/..3."}]
+print(llm.chat(chat, SamplingParams.speed(max_tokens=64))[0].text)
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ from llada_jax.text import (
     load_tokenizer,
 )
 
-BUILTIN_MODELS = ("counting",)
+BUILTIN_MODELS = ("nano", "counting")
 _RECORD_STEPS = 64  # forwards recorded between two visits of the host
 
 Messages = Sequence[Mapping[str, Any]]
@@ -63,8 +63,8 @@ class LLM:
 
     Args:
       model: a folder with ``config.json`` and ``*.safetensors`` (or one that ``llada-jax convert
-        --to orbax`` wrote), a hub id, or the name of a built-in model; ``None`` is ``"counting"``,
-        which continues "17,18,19,".
+        --to orbax`` wrote), a hub id, or the name of a built-in model; ``None`` is ``"nano"``,
+        which solves small problems in chat form (``"counting"`` goes on from "17,18,19,").
       dtype: type of weights and activations: ``"float32"``, ``"bfloat16"``, or ``"auto"``, the
         checkpoint's own (bfloat16 in place of float16, whose range is too small for this family).
       mesh: devices to shard the weights over (``parallel.make_mesh``); one device by default.

@@ -75,7 +75,7 @@ def _cost(config: RunConfig) -> float:
 def measure(model: Path, problems: int, seed: int) -> Iterator[dict[str, Any]]:
     """Accuracy and speed of one model over thresholds, with editing (at 0) and without."""
     llm = LLM(model, max_batch_size=128)
-    task = make_task("addition", 2)
+    task = make_task("sudoku", 1)
     for threshold in THRESHOLDS:
         for editing in (True, False):
             params = SamplingParams(
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--steps", type=int, default=800, help="of the cheapest recipe (800)")
+    parser.add_argument("--steps", type=int, default=1000, help="of the cheapest recipe (1000)")
     parser.add_argument("--problems", type=int, default=256, help="to solve at each point (256)")
     parser.add_argument("--table", action="store_true", help="only print and draw what is there")
     args = parser.parse_args()
@@ -163,7 +163,7 @@ def main() -> None:
     points = summarise(results)
     (args.folder / "ablation.json").write_text(json.dumps(points, indent=1) + "\n")
     show(points)
-    title = "Addition, 0.8 M parameters: what each part of the recipe buys"
+    title = "Sudoku 4x4, 0.6 M parameters: what each part of the recipe buys"
     plot_tradeoff(points, args.folder / "ablation", title=title)
 
 

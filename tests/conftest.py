@@ -40,4 +40,4 @@ def llm():
     """The built-in model behind the sampling API."""
     from llada_jax import LLM
 
-    return LLM()
+    return LLM("counting")

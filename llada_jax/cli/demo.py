@@ -1,4 +1,4 @@
-"""Watch the built-in model count on: 2.0's decoding, then quality mode, then speed mode.
+"""Watch the built-in model solve a problem: 2.0's decoding, then quality mode, then speed mode.
 
 All three run 2.1's loop; they differ in two thresholds. 2.0 writes a token once and only when it
 is nearly certain; quality mode drafts earlier and edits; speed mode drafts earliest.
@@ -14,12 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from llada_jax.decoding import SamplingParams
+from llada_jax.eval import held_out_problems
 from llada_jax.generation import Generation
 from llada_jax.llm import LLM
+from llada_jax.tasks import make_task
 from llada_jax.viz import escape_controls, replay
 
-PROMPT = "17,18,19,20,"
-NUM_TOKENS = 80
+PROBLEMS = {"addition": 4, "sudoku": 3, "editing": 5}  # tasks, and which held-out problem of each
+MAX_TOKENS = 96
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     errors = Console(stderr=True)
     with errors.status("loading the built-in model"):
-        llm = LLM()
-    options = {"max_tokens": NUM_TOKENS, "return_trace": True}
+        llm = LLM("nano")
+    options = {"max_tokens": MAX_TOKENS, "return_trace": True}
     modes = {
         "2.0 (τ 0.95, no editing)": SamplingParams(
             threshold=0.95, editing_threshold=None, **options
@@ -47,26 +49,29 @@ def run(args: argparse.Namespace) -> int:
         "quality": SamplingParams.quality(**options),
         "speed": SamplingParams.speed(**options),
     }
-    rule = SamplingParams.v20(**options)
+    tasks = {name: make_task(name) for name in PROBLEMS}
+    problems = {name: held_out_problems(tasks[name], n + 1)[n] for name, n in PROBLEMS.items()}
     with errors.status("compiling the decoder (some seconds, once a machine) and sampling"):
-        *generations, by_rule = llm.generate([PROMPT] * 4, [*modes.values(), rule])
-    results = dict(zip(modes, generations, strict=True))
-    for name, generation in results.items():
-        _show(console, llm, name, generation, args.delay)
-    console.print(_table(results))
-    same = all(g.token_ids == by_rule.token_ids for g in generations)
-    console.print(
-        f"SamplingParams.v20() itself (2.0's quota rule: a block ends with its last mask) needs "
-        f"{by_rule.num_forwards} forwards + {by_rule.num_commit_forwards} commits for "
-        f"{'the same' if same else 'other'} tokens."
-    )
+        conversations = [problem.messages[:1] for problem in problems.values() for _ in modes]
+        generations = iter(llm.chat(conversations, [*modes.values()] * len(problems)))
+    solved = {name: {mode: next(generations) for mode in modes} for name in problems}
+    first = next(iter(problems))
+    for mode in modes:
+        console.print(Text(f"\n{mode}: {problems[first].prompt}", style="bold"))
+        _replay(console, llm, mode, solved[first][mode], args.delay)
+    table = _table()
+    for name, problem in problems.items():
+        for i, (mode, generation) in enumerate(solved[name].items()):
+            asked = problem.prompt if i == 0 else ""
+            right = tasks[name].score(problem, generation.text) == 1
+            _add_row(table, asked, mode, generation, right, last=i == len(modes) - 1)
+    console.print(table)
     return 0
 
 
-def _show(console: Console, llm: LLM, name: str, generation: Generation, delay: float) -> None:
+def _replay(console: Console, llm: LLM, name: str, generation: Generation, delay: float) -> None:
     assert generation.trace is not None  # it was asked for
     many = generation.num_forwards > 30
-    console.print(Text(f"\n{name}", style="bold"))
     replay(
         generation.trace,
         llm.tokenizer,
@@ -78,26 +83,33 @@ def _show(console: Console, llm: LLM, name: str, generation: Generation, delay: 
     )
 
 
-def _table(results: dict[str, Generation]) -> Table:
+def _table() -> Table:
     table = Table(
-        title="\none model, three ways to decode it",
+        title="\none model, three ways to decode it; problems that training never showed",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1),
     )
+    table.add_column("problem", overflow="fold")
     table.add_column("mode")
-    table.add_column("text", overflow="fold")
-    for name in ("tokens", "forwards", "TPF", "edits", "commits"):
+    table.add_column("answer", overflow="fold")
+    for name in ("right", "tokens", "forwards", "TPF", "edits"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name, generation in results.items():
-        table.add_row(
-            name,
-            Text(escape_controls(generation.text)),
-            str(generation.num_tokens),
-            str(generation.num_forwards),
-            f"{generation.tokens_per_forward:.2f}",
-            str(generation.num_edits),
-            str(generation.num_commit_forwards),
-        )
     return table
+
+
+def _add_row(
+    table: Table, problem: str, mode: str, generation: Generation, right: bool, *, last: bool
+) -> None:
+    table.add_row(
+        Text(escape_controls(problem)),
+        mode,
+        Text(escape_controls(generation.text.replace("\n", " "))),
+        "yes" if right else "no",
+        str(generation.num_tokens),
+        str(generation.num_forwards),
+        f"{generation.tokens_per_forward:.2f}",
+        str(generation.num_edits),
+        end_section=last,
+    )

@@ -17,8 +17,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="M",
-        help="a folder, a hub id, or a built-in model "
-        f"({', '.join(BUILTIN_MODELS)}, which is the default)",
+        help=f"a folder, a hub id, or a built-in model ({', '.join(BUILTIN_MODELS)}); "
+        f"{BUILTIN_MODELS[0]} by default",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     add_dtype_argument(parser)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import shutil
 from collections.abc import Iterator
@@ -152,7 +153,14 @@ def _tokenizer_folder(run: RunConfig, source: Path | None) -> Path:
             multihost_utils.sync_global_devices("the old tokenizer is gone")
         with staged_folder(folder) as temporary:
             if jax.process_index() == 0:
-                train_sentencepiece(training_texts(run.data), temporary, size)
+                texts = training_texts(run.data)
+                first = next(texts, None)
+                if first is None:
+                    raise ConfigError(
+                        "data.train_path holds no documents to train a tokenizer on; give data "
+                        "with at least one good row"
+                    )
+                train_sentencepiece(itertools.chain([first], texts), temporary, size)
     return folder
 
 

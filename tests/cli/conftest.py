@@ -7,7 +7,8 @@ from llada_jax.cli import main
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    """Runs a command: ``(exit code, stdout, stderr)``."""
+    """Runs a command: ``(exit code, stdout, stderr)``. The default model is ``counting`` here."""
+    monkeypatch.setattr("llada_jax.llm.BUILTIN_MODELS", ("counting", "nano"))
 
     def call(*arguments: str, stdin: str = ""):
         monkeypatch.setattr("sys.stdin", io.StringIO(stdin))

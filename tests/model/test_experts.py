@@ -146,7 +146,7 @@ def test_mixture_equals_dense_evaluation(shared):
             expected[token] += np.asarray(gate * gated_mlp(jnp.asarray(flat[token]), one))
         if shared:
             expected[token] += np.asarray(gated_mlp(jnp.asarray(flat[token]), weights["shared"]))
-    mixture = jax.jit(lambda x, weights, live: mixture_of_experts(x, weights, config, live))
+    mixture = jax.jit(lambda x, weights, live: mixture_of_experts(x, weights, config, live)[0])
     got = mixture(x, weights, None)
     np.testing.assert_allclose(got.reshape(-1, 16), expected, atol=1e-4)
     live = jax.random.bernoulli(jax.random.key(2), 0.5, (2, 9))

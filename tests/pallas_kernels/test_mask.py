@@ -1,11 +1,13 @@
 """The mask predicates against their definitions, pair by pair."""
 
+import re
+
 import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 
-from pallas_kernels import block_causal, block_diffusion
+from pallas_kernels import block_causal, block_diffusion, block_diffusion_packed
 
 
 @given(st.integers(1, 7), st.sampled_from([1, 9, 32]))
@@ -37,3 +39,49 @@ def test_block_diffusion(block, blocks):
             else:
                 expected = q_block >= k_block
             assert bool(got[q, k]) == expected
+
+
+def packed(copies, blocks, documents):
+    """The mask of tokens with these coordinates among themselves."""
+    coordinates = [jnp.asarray(c) for c in (copies, blocks, documents)]
+    query, key = (tuple(c[:, None] for c in coordinates), tuple(c[None] for c in coordinates))
+    return np.asarray(block_diffusion_packed(query, key))
+
+
+token = st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 2))
+
+
+@given(st.lists(token, min_size=12, max_size=12))
+@settings(max_examples=30)
+def test_block_diffusion_packed(tokens):
+    got = packed(*np.array(tokens).T)
+    for q, (q_copy, q_block, q_document) in enumerate(tokens):
+        for k, (k_copy, k_block, k_document) in enumerate(tokens):
+            if q_document != k_document:
+                expected = False
+            elif q_copy == k_copy == 0:
+                expected = q_block >= k_block
+            elif q_copy == k_copy:
+                expected = q_block == k_block
+            else:
+                expected = k_copy == 0 and q_block > k_block
+            assert bool(got[q, k]) == expected
+
+
+def test_block_diffusion_packed_of_one_copy_and_document():
+    length, block = 12, 3
+    place = np.arange(2 * length)
+    got = packed(1 - place // length, place % length // block, np.ones_like(place))
+    expected = block_diffusion(jnp.asarray(place)[:, None], jnp.asarray(place)[None], length, block)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_block_diffusion_packed_as_it_is_drawn():
+    """The picture in the documentation."""
+    lines = (block_diffusion_packed.__doc__ or "").splitlines()
+    lines = [re.sub(r"x_(t'|t|0)", "", line) for line in lines if line.count("|") == 2]
+    picture = np.array([[c == "1" for c in line if c in "1."] for line in lines])
+    assert picture.shape == (12, 12)
+    place = np.arange(12)
+    copies = np.array([1, 2, 0])[place // 4]
+    np.testing.assert_array_equal(packed(copies, place % 4 // 2, np.ones_like(place)), picture)
