@@ -1,4 +1,4 @@
-"""Clean and noisy copies through the model: in two passes, or joint in one. Equal results."""
+"""Clean and noisy copies through the model: in two passes, or joint in one. Equal losses."""
 
 from __future__ import annotations
 
