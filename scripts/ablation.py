@@ -156,7 +156,11 @@ def main() -> None:
             file = folder / "tradeoff.json"
             if not file.is_file():
                 rows = list(measure(folder / "hf", args.problems, seed=0))
-                file.write_text(json.dumps([r | {"variant": variant, "seed": seed} for r in rows]))
+                partial = file.with_suffix(".partial")
+                partial.write_text(
+                    json.dumps([r | {"variant": variant, "seed": seed} for r in rows])
+                )
+                partial.replace(file)
     results = [
         r for f in sorted(args.folder.glob("*/tradeoff.json")) for r in json.loads(f.read_text())
     ]

@@ -25,7 +25,7 @@ COMMANDS = {
     "viz": "draw the curves of training runs",
     "eval": "solve generated problems: accuracy and speed",
     "train": "pre-train or fine-tune; the same command resumes",
-    "bench": "measure decoding speed, or loading",
+    "bench": "measure decoding, training or loading",
 }
 
 _INTERRUPTED = 130
@@ -124,7 +124,10 @@ def _reason(error: Exception) -> str | None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         first = text.splitlines()[0] if text else "not enough memory"
-        return f"out of memory ({first}); use fewer prompts at once, shorter ones, or bfloat16"
+        return (
+            f"out of memory ({first}); use fewer prompts at once, shorter ones, or bfloat16; in "
+            "training a smaller train.micro_batch_size, or train.remat=full"
+        )
     if isinstance(error, RuntimeError) and "Unable to initialize backend" in text:
         return f"{text.splitlines()[0]}; check JAX_PLATFORMS"
     return None

@@ -2,7 +2,7 @@
 
 llada-jax train nano
 llada-jax train configs/train/sft.yaml model.model_path=FOLDER data.train_path=chats.jsonl
-llada-jax train sft train.lr=2e-5 train.max_steps=100 --json
+llada-jax train sft data.train_path=chats.jsonl train.lr=2e-5 train.max_steps=100 --json
 """
 
 from __future__ import annotations

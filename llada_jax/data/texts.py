@@ -46,5 +46,5 @@ def _texts(spec: SourceSpec, config: DataConfig) -> Iterator[str]:
 def _joined(row: object, text_keys: str | None) -> str:
     record = as_record(row, text_keys)
     if isinstance(record, Conversation):
-        return "\n".join(str(message["content"]) for message in record.messages)
+        return "\n".join(str(message.get("content") or "") for message in record.messages)
     return record.text

@@ -23,7 +23,8 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from llada_jax.checkpoint.staging import staged_folder, write_json
+from llada_jax.checkpoint import CheckpointError
+from llada_jax.checkpoint.staging import copy_files, staged_folder, write_json
 from llada_jax.training.state import TrainState
 
 _STATE, _RUN = "state", "run.json"
@@ -70,10 +71,19 @@ def save_checkpoint(
         for left in parent.glob(".step_*.partial"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
     with staged_folder(folder) as temporary:
-        ocp.save(str(temporary / _STATE), _named_leaves(state))
+        try:
+            ocp.save(str(temporary / _STATE), _named_leaves(state))
+        except Exception as error:  # orbax and tensorstore raise many types
+            first = str(error).splitlines()[0] if str(error) else "no message"
+            raise CheckpointError(
+                f"{folder} cannot be written ({type(error).__name__}: {first}); make room. Older "
+                "checkpoints are as they were"
+            ) from error
         if jax.process_index() == 0:
             saved = {"step": step, "data": position, "window": list(window)}
             write_json(temporary / _RUN, saved)
+            if (run / "config.yaml").is_file():
+                copy_files([run / "config.yaml"], temporary)
     if jax.process_index() == 0:
         for old in saved_steps(parent)[:-keep]:
             shutil.rmtree(step_folder(parent, old), ignore_errors=True)

@@ -293,7 +293,14 @@ def load_run_config(source: str | Path, overrides: Sequence[str] = ()) -> RunCon
                 f"no training configuration {str(source)!r}: give a YAML file, or one of "
                 f"{', '.join(known)}"
             )
-    return RunConfig.from_mapping(apply_overrides(read_mapping(path), overrides))
+    raw = apply_overrides(read_mapping(path), overrides)
+    given = {override.partition("=")[0] for override in overrides}
+    for name, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):
+        if f"train.{name}" in given and f"train.{other}" not in given:
+            (raw.get("train") or {}).pop(
+                other, None
+            )  # the file's: an override says how long instead
+    return RunConfig.from_mapping(raw)
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

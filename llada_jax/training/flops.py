@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from llada_jax.config import ModelConfig
 from llada_jax.diffusion import DiffusionConfig
+from llada_jax.model.layers import precision_of
 from llada_jax.model.weights import count_parameters
 
 
 def flops_per_clean_token(
-    config: ModelConfig, diffusion: DiffusionConfig, length: int, supervised: float = 1.0
+    config: ModelConfig, diffusion: DiffusionConfig, length: float, supervised: float = 1.0
 ) -> float:
     """Operations of forward and backward for each token of x_0, without recomputation.
 
@@ -33,7 +34,7 @@ def flops_per_clean_token(
     noisy = diffusion.rounds * diffusion.copies
     clean = 0 if diffusion.mdlm else 1
     pairs = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    seen = length if diffusion.mdlm else length / 2 + diffusion.block_size
+    seen = length if diffusion.mdlm else min(length / 2 + diffusion.block_size, length)
     forward = (clean + noisy) * 2 * counted.active_without_embedding
     forward += noisy * 2 * head * supervised
     forward += pairs * (clean * length / 2 + noisy * seen)
@@ -51,7 +52,7 @@ def measured_peak_flops(dtype: jnp.dtype | type = jnp.float32, size: int = 2048)
     """
     size = size if jax.default_backend() == "cpu" else 4 * size
     matrix = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda a: a @ a)
+    product = jax.jit(lambda a: jnp.matmul(a, a, precision=precision_of(a.dtype)))
     product(matrix).block_until_ready()
     best = float("inf")
     for _ in range(5):

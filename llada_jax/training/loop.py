@@ -11,7 +11,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ from llada_jax.training.step import (
 _FREE = {
     "train": "micro_batch_size remat save_steps keep_checkpoints keep_best eval_steps log_steps "
     "save_hf_weights data fsdp expert tensor tensorboard wandb_project wandb_name output_dir",
-    "data": "num_workers cache_dir validation_path",
+    "data": "cache_dir validation_path",
 }
 
 
@@ -145,8 +145,8 @@ class _Run:
                 ) as bar,
             ):
                 state = self._steps(state, data, stop, log, bar)
-            done = int(state.step)
-            self._save(state, done, data)
+                done = int(state.step)
+                self._save(state, done, data)
         finally:
             data.close()
         finished = done >= self.total
@@ -194,7 +194,7 @@ class _Run:
             batch = place(next(data), self.run, self.rows)
             state, metrics = self._step_function(diffusion)(state, batch)
             step += 1
-            self.window.append(metrics | {"clean_tokens": jnp.sum(batch["document"] > 0)})
+            self.window.append(metrics | _sizes(batch))
             if compiling:
                 jax.block_until_ready(metrics)
                 clock, timed = time.perf_counter(), 0
@@ -203,14 +203,12 @@ class _Run:
             if step % train.log_steps == 0 or step == self.total:
                 row = _averaged(self._known_window(step))
                 elapsed = time.perf_counter() - clock
+                tokens, share, length = (row.pop(name) for name in _SIZES)
                 if timed:
-                    speed = timed * row.pop("clean_tokens") / elapsed
+                    speed = timed * tokens / elapsed
                     row["tokens_per_second"] = speed
-                    needed = flops_per_clean_token(
-                        self.start.config, diffusion, self._document_length(), 0.5
-                    )
+                    needed = flops_per_clean_token(self.start.config, diffusion, length, share)
                     row["mfu"] = speed * needed / peak
-                row.pop("clean_tokens", None)
                 row["learning_rate"] = float(jnp.asarray(self.rate(step - 1)))
                 log.write(step, row)
                 bar.update(step, _shown(row))
@@ -267,9 +265,6 @@ class _Run:
             )
         return self.compiled[diffusion]
 
-    def _document_length(self) -> int:
-        return min(self.run.data.max_seq_len, 4 * self.run.phases[-1].diffusion.block_size)
-
     def _validate(self, state: TrainState, step: int, log: MetricsLog) -> None:
         """The loss of the last phase's objective, with the same noise every time."""
         diffusion = self.run.phases[-1].diffusion
@@ -297,6 +292,9 @@ class _Run:
 
     def _keep_best(self, state: TrainState, step: int, loss: float) -> None:
         parent = self.folder / "best"
+        if jax.process_index() == 0:
+            for left in parent.glob(".step_*.partial"):  # of a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
         kept = {
             s: json.loads((step_folder(parent, s) / "validation.json").read_text())["loss"]
             for s in saved_steps(parent)
@@ -374,6 +372,18 @@ class _StopSignals:
         if step % every:
             return False
         return bool(multihost_utils.process_allgather(np.array(self._asked)).any())
+
+
+_SIZES = ("clean_tokens", "supervised_share", "document_length")
+
+
+def _sizes(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """What the operations of a step depend on; padding does not count."""
+    real = batch["document"] > 0
+    tokens = jnp.maximum(real.sum(), 1)
+    mean_position = jnp.where(real, batch["positions"], 0).sum() / tokens
+    share = (batch["supervised"] & real).sum() / tokens
+    return dict(zip(_SIZES, (tokens, share, 2 * mean_position + 1), strict=True))
 
 
 def _averaged(rows: list[dict[str, float]]) -> dict[str, float]:

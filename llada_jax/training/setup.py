@@ -95,6 +95,11 @@ def prepare(run: RunConfig) -> Start:
     except ChatError:
         template = None  # fine for plain text; conversations will say what they lack
     mesh = _mesh(run, config)
+    if run.data.max_seq_len > config.max_position_embeddings:
+        raise ConfigError(
+            f"data.max_seq_len = {run.data.max_seq_len} exceeds the model's "
+            f"max_position_embeddings = {config.max_position_embeddings}; use at most that"
+        )
     dtype = jnp.bfloat16 if train.enable_mixed_precision else jnp.float32
     total_steps = train.max_steps or _steps_of_epochs(run, tokenizer, template)
     return Start(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -75,7 +76,11 @@ def make_step(
 def make_evaluation(
     model: nn.Module, diffusion: DiffusionConfig, shardings: TrainState, mesh: Mesh
 ) -> Callable[[Any, Batch, Array], Losses]:
-    """``(params, batch, key) -> losses`` without a gradient, one micro-batch at a time."""
+    """``(params, batch, key) -> losses`` without a gradient, one micro-batch at a time.
+
+    What fades with time (the noise on mask embeddings) is off.
+    """
+    diffusion = dataclasses.replace(diffusion, mask_noise_steps=0)
 
     def evaluate(params: Any, batch: Batch, key: Array) -> Losses:
         rows = jax.tree.map(lambda x: x[0], dict(batch))

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -293,6 +294,9 @@ def test_generated_tasks_have_no_epochs(configure, train):
         train(run)
 
 
+TRAINED = ["model.tokenizer_path=null", "model.tokenizer_vocab_size=384"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -300,34 +304,32 @@ def test_generated_tasks_have_no_epochs(configure, train):
         (["data.train_path=EMPTY"], "no documents"),
         (["data.train_path=LONG"], "longer than max_seq_len"),
         (["data.train_path=BAD"], r"line 1"),
+        (["data.train_path=missing.jsonl", *TRAINED], r"missing\.jsonl"),
+        (["data.train_path=EMPTY", *TRAINED], "no documents to train a tokenizer on"),
+        (["data.train_path=LONG", *TRAINED], "longer than max_seq_len"),
+        (["data.train_path=BAD", *TRAINED], r"line 1"),
         (["data.validation_path=null", "train.eval_steps=2"], "there is no validation data"),
         (["train.global_batch_size=6", "train.fsdp=4"], "6 rows at a time cannot be spread over 4"),
         (["train.fsdp=8", "train.expert=3"], "do not fit: .* needs 24 devices"),
         (["train.fsdp=1", "train.tensor=4"], "'vocab' of size 261 does not divide"),
+        (["train.fsdp=3", "train.global_batch_size=6", *TRAINED], "'embed' of size 32 does not"),
         (["model.tokenizer_path=nowhere"], "nowhere"),
         (["model.config_path=nowhere"], "no model configuration 'nowhere'"),
         (["train.tensorboard=true"], "tensorboardX"),
     ],
 )
-@pytest.mark.parametrize("tokenizer", ["given", "trained"])
 def test_what_cannot_start_leaves_nothing(
-    configure, train, tmp_path, monkeypatch, overrides, message, tokenizer
+    configure, train, tmp_path, monkeypatch, overrides, message
 ):
-    (tmp_path / "EMPTY.jsonl").write_text("")
-    (tmp_path / "LONG.jsonl").write_text(json.dumps({"prompt": LONG, "response": "y"}))
-    (tmp_path / "BAD.jsonl").write_text('{"text": \n{"text": "a b c 1 2 3"}\n')
-    overrides = [
-        o.replace("=EMPTY", f"={tmp_path}/EMPTY.jsonl")
-        .replace("=LONG", f"={tmp_path}/LONG.jsonl")
-        .replace("=BAD", f"={tmp_path}/BAD.jsonl")
-        for o in overrides
-    ]
-    if tokenizer == "trained":
-        if "model.tokenizer_path=nowhere" in overrides or "train.tensor=4" in overrides:
-            pytest.skip("that is about the tokenizer given")
-        overrides += ["model.tokenizer_path=null", "model.tokenizer_vocab_size=384"]
+    for name, text in (
+        ("EMPTY", ""),
+        ("LONG", json.dumps({"prompt": LONG, "response": "y"})),
+        ("BAD", '{"text": \n{"text": "a b c 1 2 3"}\n'),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+        overrides = [o.replace(f"={name}", f"={tmp_path}/{name}.jsonl") for o in overrides]
     if message == "tensorboardX":
-        monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+        monkeypatch.setitem(sys.modules, "tensorboardX", None)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match=message) as raised:
         train(configure(*overrides))
@@ -345,16 +347,15 @@ def test_a_folder_that_was_there_is_left_as_it_was(configure, train, tmp_path):
 
 def test_a_tokenizer_is_trained_anew_until_there_is_a_checkpoint(configure, train, tmp_path):
     """An attempt that ended early may have been with other texts, or another size."""
-    own = ["model.tokenizer_path=null", "model.tokenizer_vocab_size=384"]
     pieces = tmp_path / "run" / "tokenizer" / "tokenizer.model"
     (tmp_path / "other.txt").write_text("lorem ipsum dolor sit amet\n" * 9)
-    setup.prepare(configure(*own))
+    setup.prepare(configure(*TRAINED))
     first = pieces.read_bytes()
-    setup.prepare(configure(*own, f"data.train_path={tmp_path / 'other.txt'}"))
+    setup.prepare(configure(*TRAINED, f"data.train_path={tmp_path / 'other.txt'}"))
     assert pieces.read_bytes() != first
     (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
     second = pieces.read_bytes()
-    setup.prepare(configure(*own))
+    setup.prepare(configure(*TRAINED))
     assert pieces.read_bytes() == second
 
 

@@ -28,6 +28,7 @@ def start(tmp_path_factory):
     """Starts the same command for a run in a folder of that name, as a process of its own."""
     folder = tmp_path_factory.mktemp("processes")
     config = write_files(folder, MOE)
+    config["diffusion"]["layout"] = "joint"  # compiles faster
     config["train"] |= {
         "output_dir": "none",
         "max_steps": STEPS,
@@ -172,7 +173,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_two_processes_go_on_where_one_stopped(start, whole):
-    """Two processes over gloo, one device each: MULTI-PROCESS."""
+    """MULTI-PROCESS: two over gloo, one device each; weights are gathered for the export."""
     folder = start.folder / "two"
     shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(f"step_{STEPS:08d}", "hf"))
     assert saved_steps(folder / "checkpoints") == [210, 240]
