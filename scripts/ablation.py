@@ -167,7 +167,7 @@ def main() -> None:
     points = summarise(results)
     (args.folder / "ablation.json").write_text(json.dumps(points, indent=1) + "\n")
     show(points)
-    title = "Sudoku 4x4, 0.6 M parameters: what each part of the recipe buys"
+    title = "4x4 sudoku, five recipes"
     plot_tradeoff(points, args.folder / "ablation", title=title)
 
 

@@ -94,5 +94,5 @@ def test_variants(raw):
 
 
 def test_unknown_name():
-    with pytest.raises(ConfigError, match="one of counting, flash, mini"):
+    with pytest.raises(ConfigError, match="one of ablation, counting, flash, mini, nano"):
         ModelConfig.from_name("nano-giant")

@@ -105,7 +105,10 @@ def test_stream_equals_generate(llm, window, steps):
     assert "".join(event.text for event in events) == whole.text
     assert sum((event.token_ids for event in events), ()) == whole.token_ids
     assert [event.kind for event in events].count("end") == 1
-    assert events[-1].generation == whole
+    end = events[-1].generation
+    # Two compiled programs may differ in a probability's last bit, in nothing else.
+    assert dataclasses.replace(end, confidences=whole.confidences) == whole
+    assert end.confidences == pytest.approx(whole.confidences, abs=1e-6)
     passes = [event.step for event in events if event.kind == "step"]
     assert len(passes) == (whole.num_forwards + whole.num_commit_forwards if steps else 0)
 

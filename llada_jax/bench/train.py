@@ -79,7 +79,7 @@ def bench_train(
     peak = measured_peak_flops(dtype)
     speed = batch * length / statistics.median(seconds)
     document = min(_DOCUMENT, length)
-    needed = flops_per_clean_token(config, diffusion, document, _SUPERVISED)
+    needed = flops_per_clean_token(config, diffusion, float(document), _SUPERVISED)
     report("compiling the loss, chunked and naive")
     return {
         "device": jax.devices()[0].device_kind,

@@ -1,7 +1,8 @@
 """Watch the built-in model solve a problem: 2.0's decoding, then quality mode, then speed mode.
 
-All three run 2.1's loop; they differ in two thresholds. 2.0 writes a token once and only when it
-is nearly certain; quality mode drafts earlier and edits; speed mode drafts earliest.
+All three run 2.1's loop; they differ in two thresholds. 2.0's (0.95, no editing) write a token once
+and only when it is nearly certain; quality mode drafts earlier and edits; speed mode drafts
+earliest.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from llada_jax.llm import LLM
 from llada_jax.tasks import make_task
 from llada_jax.viz import escape_controls, replay
 
-PROBLEMS = {"addition": 4, "sudoku": 3, "editing": 5}  # tasks, and which held-out problem of each
+PROBLEMS = {"addition": 7, "sudoku": 3, "countdown": 8}  # tasks, and which held-out problem of each
 MAX_TOKENS = 96
 
 
@@ -43,9 +44,7 @@ def run(args: argparse.Namespace) -> int:
         llm = LLM("nano")
     options = {"max_tokens": MAX_TOKENS, "return_trace": True}
     modes = {
-        "2.0 (τ 0.95, no editing)": SamplingParams(
-            threshold=0.95, editing_threshold=None, **options
-        ),
+        "0.95, no editing": SamplingParams(threshold=0.95, editing_threshold=None, **options),
         "quality": SamplingParams.quality(**options),
         "speed": SamplingParams.speed(**options),
     }

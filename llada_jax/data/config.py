@@ -112,6 +112,8 @@ class DataConfig:
       block_length: every document starts and ends at a multiple of it.
       packing: several documents in a row; otherwise one.
       last_turn_only: learn the last assistant turn of a conversation only, not the earlier ones.
+        (Of those, the block that an answer ends in may also hold the beginning of the next
+        question, which is then visible while the answer's end is learned.)
       on_bad_row: ``"error"``, or ``"skip"`` with a warning.
       on_long: conversations longer than ``max_seq_len``: ``"skip"``, ``"error"`` or
         ``"truncate"``. Plain text is always cut into pieces.

@@ -8,7 +8,7 @@ from typing import no_type_check
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from llada_jax.config import ModelConfig
 from llada_jax.diffusion.config import DiffusionConfig
@@ -92,30 +92,6 @@ class Noise(flax.struct.PyTreeNode):
     row_keys: Array
 
 
-def supervision(
-    batch: Mapping[str, Array], config: DiffusionConfig
-) -> tuple[Bool[Array, "B L"], Bool[Array, "B L"]]:
-    """Which tokens are learned, and which are hidden from the noisy copies of their block.
-
-    When all turns of a conversation are learned, the next question may begin in the block that an
-    answer ends in. It did not exist when the answer was written, so it, and what follows it in that
-    block, is masked there and not learned; later blocks see it in the clean copy.
-
-    Returns:
-      ``(supervised, hidden)``; disjoint.
-    """
-    supervised = batch["supervised"] & (batch["document"] > 0)
-    starts = span_starts(batch["positions"], None if config.mdlm else config.block_size)
-
-    def earlier_in_block(x: Array) -> Array:
-        before = jnp.cumsum(x, axis=1) - x
-        return before > jnp.take_along_axis(before, starts, axis=1)
-
-    question = ~supervised & (batch["document"] > 0) & earlier_in_block(supervised)
-    hidden = question | earlier_in_block(question)
-    return supervised & ~hidden, hidden
-
-
 def draw_noise(
     key: Array, batch: Mapping[str, Array], model: ModelConfig, config: DiffusionConfig
 ) -> Noise:
@@ -133,7 +109,7 @@ def draw_noise(
     """
     rate_key, mask_key, edit_key, token_key, draft_key, row_key = jax.random.split(key, 6)
     tokens, positions, document = batch["tokens"], batch["positions"], batch["document"]
-    supervised, hidden = supervision(batch, config)
+    supervised = batch["supervised"] & (document > 0)
     rates = mask_rates(rate_key, positions, document, config)
     masked = supervised & (jax.random.uniform(mask_key, tokens.shape) < rates)
     if config.complementary:
@@ -147,7 +123,7 @@ def draw_noise(
         special = (model.mask_token_id, model.pad_token_id, *model.eos_token_ids)
         other = random_tokens(token_key, masked.shape, model.vocab_size, special)
         noisy = jnp.where(edited & supervised[:, None], other, noisy)
-    noisy = jnp.where(masked | hidden[:, None], model.mask_token_id, noisy)
+    noisy = jnp.where(masked, model.mask_token_id, noisy)
 
     batch_size, copies, length = masked.shape
     shape = (batch_size, config.rounds - 1, copies, length)

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llada_jax.diffusion.config import DiffusionConfig
 from llada_jax.diffusion.head import HeadStats, head_stats
 from llada_jax.diffusion.layout import Rows, clean_context, joint_pass, noisy_pass
-from llada_jax.diffusion.noise import Noise, supervision, write_draft
+from llada_jax.diffusion.noise import Noise, write_draft
 from llada_jax.model.experts import RouterStats
 
 _SMALLEST_T = 1e-3  # 1/t is cut here
@@ -93,7 +93,7 @@ def objective(
     """
     c: Any = model.config  # type: ignore[attr-defined]
     tokens, document = batch["tokens"], batch["document"]
-    supervised = supervision(batch, config)[0][:, None]
+    supervised = (batch["supervised"] & (document > 0))[:, None]
     target = tokens[:, None]
     rows = Rows.of(batch["positions"], document, None if config.mdlm else config.block_size)
     noisy = noise.noisy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -320,6 +321,9 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
             value = yaml.safe_load(text) if text else None
         except yaml.YAMLError as error:
             raise ConfigError(f"the value of {override!r} is not YAML: {error}") from error
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):  # YAML reads 1e-5 as a string
+                value = float(value)
         *parents, last = key.split(".")
         node: Any = result
         for name in parents:

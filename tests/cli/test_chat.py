@@ -12,7 +12,7 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 def model(tmp_path_factory):
     """The built-in model with a template that writes turn after turn."""
     folder = tmp_path_factory.mktemp("chat") / "model"
-    shutil.copytree(model_folder(), folder)
+    shutil.copytree(model_folder("counting"), folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return str(folder)
 

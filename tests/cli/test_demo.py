@@ -7,7 +7,7 @@ def test_demo_shows_three_modes(run):
     code, out, err = run("demo")
     assert (code, err) == (0, "")
     picture, table = out.split("one model, three ways")
-    for mode in ("2.0 (τ 0.95, no editing)", "quality", "speed"):
+    for mode in ("0.95, no editing", "quality", "speed"):
         assert f"\n{mode}: Add " in picture
     assert "░" in picture
     rows = re.findall(r"(yes|no) +(\d+) +(\d+) +([\d.]+) +(\d+)", table)

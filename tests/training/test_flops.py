@@ -6,7 +6,7 @@ from llada_jax.training.flops import flops_per_clean_token, measured_peak_flops
 from tests.training.tiny import DENSE, MOE
 
 CONFIG = ModelConfig.from_hf(DENSE)
-LENGTH = 64
+LENGTH = 64.0
 
 
 def of(config=CONFIG, supervised=1.0, **fields) -> float:
