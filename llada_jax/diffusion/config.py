@@ -15,7 +15,7 @@ LAYOUTS = ("split", "joint")
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """The mixture of mask-to-token (M2T) and token-to-token (T2T) training (2.1 report, section 3).
+    """The mixture of mask-to-token (M2T) and token-to-token (T2T) training (2.1 report).
 
     Names that dFactory has are kept. Rates and probabilities are in ``[0, 1]``.
 

@@ -156,6 +156,9 @@ def write_draft(
 ) -> Int[Array, "B N L"]:
     """The next round's draft, by the decoder's rules Γ (fill) and Δ (edit).
 
+    ``decoding/rules.py`` has them for one threshold a row, and with a minimum of fills; here every
+    token brings the threshold of its block, and no fill is forced.
+
     Args:
       noisy: the draft so far.
       best: the model's token at each position (never the mask).
