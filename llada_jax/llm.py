@@ -48,6 +48,7 @@ from llada_jax.text import (
     find_stop,
     load_tokenizer,
 )
+from pallas_kernels import Implementation
 
 BUILTIN_MODELS = ("nano", "counting")
 _RECORD_STEPS = 64  # forwards recorded between two visits of the host
@@ -70,6 +71,7 @@ class LLM:
       mesh: devices to shard the weights over (``parallel.make_mesh``); one device by default.
       revision: branch, tag or commit of a hub id.
       max_batch_size: rows decoded together at most; a power of two.
+      kernels: ``"pallas"`` or ``"xla"``; ``None``: Pallas on a TPU, XLA elsewhere.
       progress: show a bar while loading.
 
     Attributes:
@@ -91,6 +93,7 @@ class LLM:
         mesh: Mesh | None = None,
         revision: str | None = None,
         max_batch_size: int = 16,
+        kernels: Implementation | None = None,
         progress: bool = False,
     ):
         if max_batch_size < 1 or max_batch_size & (max_batch_size - 1):
@@ -113,7 +116,7 @@ class LLM:
         except ChatError as error:
             self.chat_template, self._no_chat = None, error
         self.max_batch_size = max_batch_size
-        self.denoiser = ModelDenoiser(LLaDA2(self.config, dtype=dtype))
+        self.denoiser = ModelDenoiser(LLaDA2(self.config, dtype=dtype, kernels=kernels), mesh)
 
     def generate(
         self,

@@ -1,5 +1,17 @@
 """Kernels and mask predicates for block diffusion; knows nothing of ``llada_jax``."""
 
-from pallas_kernels.mask import block_causal, block_diffusion, block_diffusion_packed
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.mask import (
+    WindowMask,
+    block_causal,
+    block_diffusion,
+    block_diffusion_packed,
+)
 
-__all__ = ["block_causal", "block_diffusion", "block_diffusion_packed"]
+__all__ = [
+    "Implementation",
+    "WindowMask",
+    "block_causal",
+    "block_diffusion",
+    "block_diffusion_packed",
+]

@@ -37,7 +37,7 @@ def prepare(dump: str | os.PathLike[str] | None = None) -> None:
 def devices(chip: str) -> tuple[Any, ...]:
     """The devices of a small topology of ``chip`` (a key of ``CHIPS``)."""
     prepare()
-    return tuple(topologies.get_topology_desc("tpu", CHIPS[chip].topology).devices)
+    return tuple(topologies.get_topology_desc(CHIPS[chip].topology, "tpu").devices)
 
 
 def mesh(chip: str, **axes: int) -> Mesh:

@@ -6,6 +6,12 @@ so that a dense reference, a kernel and a test all share it.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
@@ -100,3 +106,46 @@ def block_diffusion_packed(
     own_block = (query_copy == key_copy) & (query_block == key_block)
     clean_before = (key_copy == 0) & (key_block < query_block)
     return (query_document == key_document) & (own_block | clean_before)
+
+
+@no_type_check  # a pytree also holds tracers, shapes, shardings
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("length", "causal"),
+    meta_fields=("block_length",),
+)
+@dataclasses.dataclass(frozen=True)
+class WindowMask:
+    """Who sees whom among the fresh tokens of a decoding step; the cache is seen by all of them.
+
+    The first fresh token begins a block. A row of six tokens with ``block_length = 2`` and
+    ``length = 4``, not causal and causal::
+
+        1 1 1 1 . .      1 1 . . . .
+        1 1 1 1 . .      1 1 . . . .
+        1 1 1 1 . .      1 1 1 1 . .
+        1 1 1 1 . .      1 1 1 1 . .
+        1 1 1 1 . .      1 1 1 1 . .
+        1 1 1 1 . .      1 1 1 1 . .
+
+    Attributes:
+      length: ``Int[Array, "B"]``, fresh keys of each row that are seen, the first ones; all of
+        them by default.
+      causal: ``Bool[Array, "B"]``, rows whose fresh keys are seen block-causally; none by default.
+      block_length: tokens a block; needed with ``causal``.
+    """
+
+    length: Int[Array, " B"] | None = None
+    causal: Bool[Array, " B"] | None = None
+    block_length: int | None = None
+
+    def dense(self, width: int) -> Bool[Array, "#B T T"]:
+        """The mask for ``width`` fresh tokens a row."""
+        place = jnp.arange(width)
+        seen = jnp.ones((1, width, width), bool)
+        if self.length is not None:
+            seen &= place < self.length[:, None, None]
+        if self.causal is not None:
+            earlier = block_causal(place[:, None], place, self.block_length)
+            seen = seen & (earlier | ~self.causal[:, None, None])
+        return seen

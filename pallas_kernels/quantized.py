@@ -2,28 +2,27 @@
 
 A weight ``[..., I, O]`` (I is contracted) becomes integers or 8-bit floats with float32 scales:
 
-    scheme   values                       scales                       read as
-    int8     int8 [..., I, O]             [..., 1, O]                  values * scales
-    fp8      float8_e4m3fn [..., I, O]    [..., I/128, O/128]          the scale of its 128 x 128 block
-    int4     int8 [..., I/2, O], packed   [..., I/G, O]                the scale of its group of G rows
+    scheme   values                       scales                 a value's scale is that of its
+    int8     int8 [..., I, O]             [..., 1, O]            column
+    fp8      float8_e4m3fn [..., I, O]    [..., I/128, O/128]    block of 128 x 128
+    int4     int8 [..., I/2, O], packed   [..., I/G, O]          group of G rows of its column
 
-Sizes that 128 or G do not divide are rounded up: the last block or group is smaller. int4 holds two
-rows a byte: of each group of G rows, rows 0 .. G/2-1 in the low and G/2 .. G-1 in the high nibble,
-so that unpacking a group is one concatenation (I is padded to whole groups).
+G is 128. Sizes that 128 does not divide are rounded up: the last block or group is smaller. int4
+holds two rows a byte: of each group of G rows, rows 0 .. G/2-1 in the low and the others in the
+high nibble, so that unpacking a group is one concatenation (I is padded to whole groups).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal, get_args, no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Scheme = Literal["int8", "fp8", "int4"]
-SCHEMES: tuple[str, ...] = get_args(Scheme)
+SCHEMES = ("int8", "fp8", "int4")
 
 BLOCK = 128  # side of an fp8 block
 GROUP = 128  # rows of an int4 group
@@ -49,7 +48,7 @@ class QuantizedMatrix:
 
     values: Any
     scales: Any
-    scheme: Scheme
+    scheme: str
     rows: int
 
     @property
@@ -66,7 +65,7 @@ class QuantizedMatrix:
 Matrix = Array | QuantizedMatrix
 
 
-def quantize(weight: Float[Array, "*stack I O"], scheme: Scheme) -> QuantizedMatrix:
+def quantize(weight: Float[Array, "*stack I O"], scheme: str) -> QuantizedMatrix:
     """Rounds a weight to the nearest values of ``scheme``; scales map the largest magnitude.
 
     A block of zeros gets scale 1. The result depends on ``weight``'s values alone, so a weight

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int
 
 from llada_jax.decoding.denoiser import Denoiser
 from llada_jax.decoding.rules import mask_to_token, token_to_token, transfer_quota
-from llada_jax.decoding.sampling import Proposal, adjust_logits, propose
+from llada_jax.decoding.sampling import Adjustment, Proposal, draw
 from llada_jax.decoding.state import DecodeState, Phase, put_span, take_span
 from llada_jax.decoding.transitions import advance, finish_block, is_stop_token, uses_quota_rule
 from llada_jax.model import write_cache
@@ -39,15 +39,12 @@ def block_step(
         hidden, fresh = denoiser.forward(params, tokens, positions, None, state.cache, prefix, live)
     cache = write_cache(state.cache, fresh, state.position, live)
     with jax.named_scope("propose"):
-        logits = adjust_logits(
-            denoiser.logits(params, hidden),
-            tokens,
-            denoiser.mask_token_id,
-            settings.ban_mask,
-            settings.penalty_lambda,
+        adjustment = Adjustment.of(
+            tokens, denoiser.mask_token_id, settings.ban_mask, settings.penalty_lambda
         )
-        proposal = propose(
-            logits,
+        proposal = draw(
+            denoiser.propose(params, hidden, adjustment),
+            lambda: adjustment.apply(denoiser.logits(params, hidden)),
             jax.vmap(lambda key, at, n: jax.random.fold_in(jax.random.fold_in(key, at), n))(
                 settings.key, state.position, state.step
             ),

@@ -22,7 +22,7 @@ from llada_jax.decoding.multi_block import window_start, window_step
 from llada_jax.decoding.sampling import Proposal
 from llada_jax.decoding.state import DecodeState, Phase, RowSettings, take_span
 from llada_jax.model import write_cache
-from pallas_kernels import block_causal
+from pallas_kernels import WindowMask
 
 
 @no_type_check  # a pytree also holds tracers, shapes, shardings
@@ -241,7 +241,7 @@ class Decoder:
             )
         prefill_length = prompt_length // self.block_length * self.block_length
         span = jnp.arange(chunk)
-        mask = block_causal(span[:, None], span[None, :], self.block_length)[None]
+        mask = WindowMask(causal=jnp.ones(batch, bool), block_length=self.block_length)
 
         def prefill(i, cache):
             start = jnp.full(batch, i * chunk)

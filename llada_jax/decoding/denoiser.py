@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from llada_jax.decoding.sampling import Adjustment, Proposal, propose_greedily
 from llada_jax.model import KVCache, LLaDA2, init_cache
+from llada_jax.parallel import in_mesh
+from pallas_kernels import WindowMask
 
 
 @runtime_checkable
@@ -28,7 +32,7 @@ class Denoiser(Protocol):
         params: Any,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "#B T T"] | None,
+        mask: WindowMask | None,
         cache: KVCache,
         cache_length: Int[Array, " B"],
         live: Bool[Array, "B T"],
@@ -36,16 +40,28 @@ class Denoiser(Protocol):
         """Hidden states of fresh tokens after a cached prefix, and their keys and values."""
         ...
 
+    def propose(
+        self, params: Any, hidden: Float[Array, "B T D"], adjustment: Adjustment
+    ) -> Proposal:
+        """The best token of the adjusted scores and its probability."""
+        ...
+
     def logits(self, params: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Float32 scores over the vocabulary."""
+        """Float32 scores over the vocabulary, to draw from."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelDenoiser:
-    """``LLaDA2`` as a ``Denoiser``; ``params`` is its weight tree."""
+    """``LLaDA2`` as a ``Denoiser``; ``params`` is its weight tree.
+
+    Attributes:
+      model: the network.
+      mesh: the devices that the weights are spread over, if more than one.
+    """
 
     model: LLaDA2
+    mesh: Mesh | None = None
 
     @property
     def mask_token_id(self) -> int:
@@ -58,16 +74,21 @@ class ModelDenoiser:
 
     def forward(self, params, tokens, positions, mask, cache, cache_length, live):
         """Runs the transformer; see ``LLaDA2.__call__``."""
-        out: Any = self.model.apply(
-            {"params": params},
-            tokens,
-            positions,
-            mask=mask,
-            cache=cache,
-            cache_length=cache_length,
-            live=live,
-        )
+        with in_mesh(self.mesh):
+            out: Any = self.model.apply(
+                {"params": params},
+                tokens,
+                positions,
+                mask=mask,
+                cache=cache,
+                cache_length=cache_length,
+                live=live,
+            )
         return out.hidden, out.fresh
+
+    def propose(self, params, hidden, adjustment):
+        """See ``propose_greedily``."""
+        return propose_greedily(adjustment.apply(self.logits(params, hidden)))
 
     def logits(self, params, hidden):
         """See ``LLaDA2.logits``."""

@@ -18,11 +18,11 @@ from jaxtyping import Array, Bool
 
 from llada_jax.decoding.denoiser import Denoiser
 from llada_jax.decoding.rules import token_to_token
-from llada_jax.decoding.sampling import Proposal, adjust_logits, propose_greedily
+from llada_jax.decoding.sampling import Adjustment, Proposal
 from llada_jax.decoding.state import DecodeState, Phase, put_span, take_span
 from llada_jax.decoding.transitions import advance, settle
 from llada_jax.model import write_cache
-from pallas_kernels import block_causal
+from pallas_kernels import WindowMask
 
 
 def window_start(state: DecodeState, block_length: int) -> Array:
@@ -45,8 +45,7 @@ def window_step(
     tokens = take_span(state.tokens, start, width)  # [B, W]
     positions = start[:, None] + jnp.arange(width)
     inside = positions < state.position[:, None] + block_length
-    causal = block_causal(positions[:, :, None], positions[:, None, :], block_length)
-    mask = inside[:, None, :] & (editing[:, None, None] | causal)
+    mask = WindowMask(state.position + block_length - start, ~editing, block_length)
     with jax.named_scope("window_forward"):
         active = editing | rewriting
         live = inside & active[:, None]
@@ -56,14 +55,10 @@ def window_step(
     cache = write_cache(state.cache, fresh, start, inside & changed & rewriting[:, None])
     with jax.named_scope("window_decide"):
         batch = len(tokens)
-        logits = adjust_logits(
-            denoiser.logits(params, hidden),
-            tokens,
-            denoiser.mask_token_id,
-            jnp.ones(batch, bool),
-            jnp.zeros(batch),
+        adjustment = Adjustment.of(
+            tokens, denoiser.mask_token_id, jnp.ones(batch, bool), jnp.zeros(batch)
         )
-        proposal = propose_greedily(logits)
+        proposal = denoiser.propose(params, hidden, adjustment)
         editable = inside & (positions >= state.prompt_length[:, None])
         editable &= tokens != denoiser.mask_token_id
         editable &= _surprising(state, positions // block_length, block_length)

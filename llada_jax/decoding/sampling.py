@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import no_type_check
+from collections.abc import Callable
+from typing import NamedTuple, no_type_check
 
 import flax.struct
 import jax
@@ -26,23 +27,41 @@ class Proposal(flax.struct.PyTreeNode):
     entropy: Float[Array, "B T"]
 
 
-def adjust_logits(
-    logits: Float[Array, "B T V"],
-    tokens: Int[Array, "B T"],
-    mask_token_id: int,
-    ban_mask: Bool[Array, " B"],
-    penalty: Float[Array, " B"],
-) -> Float[Array, "B T V"]:
-    """Bans the mask token, and lowers the logit of the token that stands one position before.
+class Adjustment(NamedTuple):
+    """What is done to the scores before a token is chosen.
 
-    The penalty (SGLang's ``penalty_lambda``) works inside the block; its first position has no
-    neighbour.
+    Attributes:
+      banned: a token that is impossible at this position; -1 for none.
+      penalised: a token whose score is lowered at this position; -1 for none.
+      penalty: by how much.
     """
-    vocabulary = jnp.arange(logits.shape[-1])
-    before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    logits = logits - penalty[:, None, None] * (vocabulary == before[..., None])
-    banned = ban_mask[:, None, None] & (vocabulary == mask_token_id)
-    return jnp.where(banned, -jnp.inf, logits)
+
+    banned: Int[Array, "B T"]
+    penalised: Int[Array, "B T"]
+    penalty: Float[Array, "B T"]
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Int[Array, "B T"],
+        mask_token_id: int,
+        ban_mask: Bool[Array, " B"],
+        penalty: Float[Array, " B"],
+    ) -> Adjustment:
+        """Bans the mask token, and penalises the token that stands one position before.
+
+        The penalty (SGLang's ``penalty_lambda``) works inside the block; its first position has
+        no neighbour.
+        """
+        before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+        banned = jnp.broadcast_to(jnp.where(ban_mask, mask_token_id, -1)[:, None], tokens.shape)
+        return cls(banned, before, jnp.broadcast_to(penalty[:, None], tokens.shape))
+
+    def apply(self, logits: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
+        """The adjusted scores."""
+        vocabulary = jnp.arange(logits.shape[-1])
+        lowered = self.penalty[..., None] * (vocabulary == self.penalised[..., None])
+        return jnp.where(vocabulary == self.banned[..., None], -jnp.inf, logits - lowered)
 
 
 def propose_greedily(logits: Float[Array, "B T V"]) -> Proposal:
@@ -83,24 +102,24 @@ def filter_logits(
     return jnp.where(logits >= jnp.maximum(smallest, floor), logits, -jnp.inf)
 
 
-def propose(
-    logits: Float[Array, "B T V"],
+def draw(
+    greedy: Proposal,
+    logits: Callable[[], Float[Array, "B T V"]],
     keys: Key[Array, " B"],
     temperature: Float[Array, " B"],
     top_k: Int[Array, " B"],
     top_p: Float[Array, " B"],
     min_p: Float[Array, " B"],
 ) -> Proposal:
-    """Proposes a token a position: the argmax where ``temperature`` is 0, else a draw.
+    """Replaces the proposals of rows whose ``temperature`` is not 0 by draws.
 
     Each row draws with its own key, so its result does not depend on the batch. A batch that is
-    greedy throughout skips the draws at run time.
+    greedy throughout computes neither the draws nor ``logits()`` at run time.
     """
-    greedy = propose_greedily(logits)
 
-    def draw(_) -> tuple[Array, Array]:
+    def sample(_) -> tuple[Array, Array]:
         warm = temperature > 0
-        scaled = logits / jnp.where(warm, temperature, 1.0)[:, None, None]
+        scaled = logits() / jnp.where(warm, temperature, 1.0)[:, None, None]
         filtering = ((top_k > 0) | (top_p < 1) | (min_p > 0)).any()
         scaled = jax.lax.cond(
             filtering, lambda s: filter_logits(s, top_k, top_p, min_p), lambda s: s, scaled
@@ -115,6 +134,6 @@ def propose(
         )
 
     tokens, confidence = jax.lax.cond(
-        (temperature > 0).any(), draw, lambda _: (greedy.tokens, greedy.confidence), None
+        (temperature > 0).any(), sample, lambda _: (greedy.tokens, greedy.confidence), None
     )
     return greedy.replace(tokens=tokens, confidence=confidence)

@@ -13,6 +13,7 @@ from llada_jax.config import ModelConfig
 from llada_jax.model.cache import KVCache
 from llada_jax.model.layers import contract, precision_of, rms_norm
 from llada_jax.model.rotary import apply_rotary
+from pallas_kernels import WindowMask
 
 _PIECE = 128  # cached positions read at a time
 
@@ -27,7 +28,7 @@ def project_qkv(
     """Queries, keys and values; the norm over a whole head comes before the rotation."""
 
     def project(name: str) -> Array:
-        projected = contract("btd,dnh->btnh", x, weights[name]["kernel"])
+        projected = contract("btd,dnh->btnh", x, weights[name]["kernel"], h=config.head_dim)
         if "bias" in weights[name]:
             projected = projected + weights[name]["bias"].astype(projected.dtype)
         return projected
@@ -42,7 +43,7 @@ def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B K S H"],
     value: Float[Array, "B K S H"],
-    mask: Bool[Array, "#B T S"] | None = None,
+    mask: Bool[Array, "#B T S"] | WindowMask | None = None,
     cache: KVCache | None = None,
     cache_length: Int[Array, " B"] | None = None,
     layer: Int[Array, ""] | int = 0,
@@ -65,6 +66,8 @@ def attend(
     """
     batch, kv_heads, _, head_dim = key.shape
     length = query.shape[1]
+    if isinstance(mask, WindowMask):
+        mask = mask.dense(length)
     precision = precision_of(query.dtype)
     # [B, K, G T, H]: all queries that share a key head form one matrix.
     packed = query.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)

@@ -18,6 +18,8 @@ from llada_jax.model.experts import RouterStats, mixture_of_experts
 from llada_jax.model.layers import contract, gated_mlp, rms_norm
 from llada_jax.model.rotary import rotary_tables
 from llada_jax.model.weights import WeightSpec, weight_specs
+from pallas_kernels import Implementation, WindowMask
+from pallas_kernels.quantized import Matrix, QuantizedMatrix
 
 
 @no_type_check  # a pytree also holds tracers, shapes, shardings
@@ -49,12 +51,22 @@ class _Weights(nn.Module):
         tree: dict[str, Any] = {}
         for name, spec in self.specs.items():
             if isinstance(spec, WeightSpec):
-                tree[name] = self.param(
-                    name, spec.initialize, self.initializer_range, self.param_dtype
-                )
+                tree[name] = self._weight(name, spec)
             else:
                 tree[name] = _Weights(spec, self.initializer_range, self.param_dtype, name=name)()
         return tree
+
+    def _weight(self, name: str, spec: WeightSpec) -> Matrix:
+        stored = self.get_variable("params", name)
+        if not isinstance(stored, QuantizedMatrix):
+            return self.param(name, spec.initialize, self.initializer_range, self.param_dtype)
+        if spec.fold is None or stored.shape != spec.fold.shape(spec.shape):
+            raise ValueError(
+                f"{'/'.join(self.path)}/{name} is quantised as matrices of shape {stored.shape}, "
+                f"which a weight of shape {spec.shape} does not fold into; quantise it with "
+                "quantize_params"
+            )
+        return stored
 
 
 class LLaDA2(nn.Module):
@@ -68,12 +80,15 @@ class LLaDA2(nn.Module):
       param_dtype: the type of freshly initialised weights.
       remat: what the backward pass of a layer keeps: ``"none"`` (everything: no recomputation),
         ``"dots"`` (products with weights) or ``"full"`` (only the layer's input).
+      kernels: ``"pallas"`` or ``"xla"`` for attention, experts and the head when decoding, and for
+        attention in training; ``None``: Pallas where the program is compiled for a TPU.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "none"
+    kernels: Implementation | None = None
 
     def setup(self):
         """Declares the weights, group by group."""
@@ -87,7 +102,7 @@ class LLaDA2(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         *,
-        mask: Bool[Array, "#B T S"] | None = None,
+        mask: Bool[Array, "#B T S"] | WindowMask | None = None,
         cache: KVCache | None = None,
         cache_length: Int[Array, " B"] | None = None,
         context: KVCache | None = None,
@@ -178,7 +193,7 @@ class LLaDA2(nn.Module):
         hidden = rms_norm(x, weights["final_norm"]["scale"], config.rms_norm_eps)
         return ModelOutput(hidden, KVCache(keys, values), layers, router)
 
-    def head(self) -> Float[Array, "D V"]:
+    def head(self) -> Float[Array, "D V"] | QuantizedMatrix:
         """The matrix from hidden states to scores, as it is stored."""
         if self.config.tie_word_embeddings:
             return self._groups["embed"]()["embedding"].T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -39,3 +40,13 @@ def make_mesh(
             f"there are {len(devices)}"
         )
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+
+
+def in_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """While tracing: kernels divide their work over ``mesh``; nothing changes for ``None``.
+
+    XLA partitions everything else by itself, but a kernel has to be told.
+    """
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)

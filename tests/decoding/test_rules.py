@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis.extra.numpy import arrays
 
 from llada_jax.decoding.rules import mask_to_token, token_to_token, transfer_quota
-from llada_jax.decoding.sampling import adjust_logits, filter_logits, propose_greedily
+from llada_jax.decoding.sampling import Adjustment, filter_logits, propose_greedily
 
 SIZE = 8
 confidences = arrays(np.float32, (1, SIZE), elements=st.sampled_from([0.1, 0.5, 0.7, 0.9, 1.0]))
@@ -72,18 +72,19 @@ def test_greedy_ties_go_to_the_lowest_id():
 def test_banned_mask_leaves_probabilities_of_the_others():
     logits = jnp.array([[[1.0, 2.0, 9.0], [0.0, 0.0, 5.0]]])
     tokens = jnp.array([[2, 0]])
-    banned = adjust_logits(logits, tokens, 2, jnp.array([True]), jnp.zeros(1))
+    banned = Adjustment.of(tokens, 2, jnp.array([True]), jnp.zeros(1)).apply(logits)
     proposal = propose_greedily(banned)
     np.testing.assert_array_equal(proposal.tokens, [[1, 0]])
     np.testing.assert_allclose(proposal.confidence[0, 1], 0.5)
     assert np.isfinite(proposal.entropy).all()
-    kept = adjust_logits(logits, tokens, 2, jnp.array([False]), jnp.zeros(1))
+    kept = Adjustment.of(tokens, 2, jnp.array([False]), jnp.zeros(1)).apply(logits)
     np.testing.assert_array_equal(propose_greedily(kept).tokens, [[2, 2]])
 
 
 def test_penalty_lowers_the_left_neighbours_token():
     logits = jnp.zeros((1, 3, 4))
-    got = adjust_logits(logits, jnp.array([[1, 3, 0]]), 2, jnp.array([False]), jnp.array([1.5]))
+    tokens = jnp.array([[1, 3, 0]])
+    got = Adjustment.of(tokens, 2, jnp.array([False]), jnp.array([1.5])).apply(logits)
     expected = np.zeros((1, 3, 4))
     expected[0, 1, 1] = expected[0, 2, 3] = -1.5
     np.testing.assert_array_equal(got, expected)

@@ -10,7 +10,9 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from llada_jax.decoding.sampling import propose_greedily
 from llada_jax.model import KVCache
+from pallas_kernels import WindowMask
 
 VOCABULARY = 24
 MASK, EOS = 23, 22
@@ -58,12 +60,16 @@ class ToyDenoiser:
         cached = jnp.arange(cache.keys.shape[3]) < cache_length[:, None]
         prefix = jnp.where(cached, cache.keys[0, :, 0, :, 0], 0).sum(-1)
         if mask is None:
-            mask = jnp.ones((1, tokens.shape[1], tokens.shape[1]), bool)
+            mask = WindowMask()
+        mask = mask.dense(tokens.shape[1])
         seen = (mask * values[:, None, :]).sum(-1)
         context = (prefix[:, None] + params["coupling"] * seen).astype(jnp.int32)
         row = table_row(context, tokens, positions, params["coupling"])
         fresh = values[None, :, None, :, None]
         return row[..., None].astype(jnp.float32), KVCache(fresh, fresh)
+
+    def propose(self, params, hidden, adjustment):
+        return propose_greedily(adjustment.apply(self.logits(params, hidden)))
 
     def logits(self, params, hidden):
         return params["table"][hidden[..., 0].astype(jnp.int32)]

@@ -75,4 +75,4 @@ def test_sizes():
 
 def test_unknown_scheme():
     with pytest.raises(ValueError, match="int8, fp8, int4"):
-        quantize(weight((2, 2)), "int3")  # pyright: ignore
+        quantize(weight((2, 2)), "int3")
