@@ -30,7 +30,7 @@ from llada_jax.decoding import (
     steps_of_record,
 )
 from llada_jax.generation import Generation, StreamEvent
-from llada_jax.model import LLaDA2
+from llada_jax.model import LLaDA2, check_quantization, quantization_of
 from llada_jax.request import (
     PromptError,
     Request,
@@ -68,6 +68,9 @@ class LLM:
         which solves small problems in chat form (``"counting"`` goes on from "17,18,19,").
       dtype: type of weights and activations: ``"float32"``, ``"bfloat16"``, or ``"auto"``, the
         checkpoint's own (bfloat16 in place of float16, whose range is too small for this family).
+      quantization: ``"int8"`` (a scale an output channel), ``"fp8"`` (a scale a block of 128 x 128)
+        or ``"int4"`` (a scale 128 rows of an output channel): quantise the weights while loading;
+        router, norms and embedding stay as they are. A folder of quantised weights needs none.
       mesh: devices to shard the weights over (``parallel.make_mesh``); one device by default.
       revision: branch, tag or commit of a hub id.
       max_batch_size: rows decoded together at most; a power of two.
@@ -77,6 +80,7 @@ class LLM:
     Attributes:
       config: the architecture.
       params: the weights.
+      quantization: how they are quantised; ``None`` if they are not.
       tokenizer: ``None`` if the folder has none; prompts are then token ids.
       chat_template: ``None`` if the folder has none.
       eos_token_ids: tokens that end a text.
@@ -90,6 +94,7 @@ class LLM:
         model: str | os.PathLike[str] | None = None,
         *,
         dtype: Any = "auto",
+        quantization: str | None = None,
         mesh: Mesh | None = None,
         revision: str | None = None,
         max_batch_size: int = 16,
@@ -98,13 +103,20 @@ class LLM:
     ):
         if max_batch_size < 1 or max_batch_size & (max_batch_size - 1):
             raise ValueError(f"max_batch_size = {max_batch_size} must be a power of two")
+        check_quantization(quantization)
         enable_compilation_cache()
         folder = model_folder(model, revision)
         config = read_config(folder)
         dtype = _activation_dtype(dtype, folder)
         self.config, self.params = load_checkpoint(
-            folder, config=config, dtype=dtype, mesh=mesh, progress=progress
+            folder,
+            config=config,
+            dtype=dtype,
+            mesh=mesh,
+            progress=progress,
+            quantization=quantization,
         )
+        self.quantization = quantization_of(self.params)
         self.eos_token_ids = _eos_token_ids(folder, self.config)
         self.tokenizer = load_tokenizer(
             folder,

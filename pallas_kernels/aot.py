@@ -22,7 +22,7 @@ def prepare(dump: str | os.PathLike[str] | None = None) -> None:
     """Sets what libtpu needs on a machine without a TPU.
 
     Args:
-      dump: a folder for the compiler's low-level schedules (``report/schedule.py`` reads them).
+      dump: a folder for the compiler's low-level schedules (``schedule.py`` reads them).
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -30,6 +30,7 @@ def prepare(dump: str | os.PathLike[str] | None = None) -> None:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling alone shares nothing
     if dump is not None:
         flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+        flags += " --xla_jf_dump_llo_pass_label_regex=final"  # not all 70 passes: far quicker
         os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
 
 

@@ -25,7 +25,7 @@ class Chip:
     name: str
     device_kind: str
     topology: str
-    hbm_gib: float
+    hbm_gib: int
     bandwidth: float
     bf16_flops: float
     vmem_bytes: int

@@ -27,6 +27,7 @@ SCHEMES = ("int8", "fp8", "int4")
 BLOCK = 128  # side of an fp8 block
 GROUP = 128  # rows of an int4 group
 _FP8_MAX = 448.0
+_TINY = 1e-30
 
 
 @no_type_check  # a pytree also holds tracers, shapes, shardings
@@ -68,8 +69,10 @@ Matrix = Array | QuantizedMatrix
 def quantize(weight: Float[Array, "*stack I O"], scheme: str) -> QuantizedMatrix:
     """Rounds a weight to the nearest values of ``scheme``; scales map the largest magnitude.
 
-    A block of zeros gets scale 1. The result depends on ``weight``'s values alone, so a weight
-    quantised at import equals one quantised later.
+    A block of zeros (nothing above 1e-30) gets scale 1. The result depends on ``weight``'s values
+    alone, so a weight quantised at import equals one quantised later. Hence products with inverses:
+    a division by a constant or a broadcast value is such a product in some compiled programs and a
+    division in others, and rounds differently.
 
     Raises:
       ValueError: for an unknown scheme.
@@ -80,15 +83,15 @@ def quantize(weight: Float[Array, "*stack I O"], scheme: str) -> QuantizedMatrix
     rows = weight.shape[-2]
     if scheme == "int8":
         scales = _scale(jnp.abs(weight).max(-2, keepdims=True), 127.0)
-        return QuantizedMatrix(_round(weight / scales, 127), scales, scheme, rows)
+        return QuantizedMatrix(_round(weight * (1 / scales), 127), scales, scheme, rows)
     if scheme == "fp8":
         tiles = _tiled(weight, BLOCK, BLOCK)  # [..., I/128, 128, O/128, 128]
         scales = _scale(jnp.abs(tiles).max((-3, -1)), _FP8_MAX)
-        spread = _spread(scales, BLOCK, BLOCK, weight.shape)
-        return QuantizedMatrix((weight / spread).astype(jnp.float8_e4m3fn), scales, scheme, rows)
+        weight = weight * _spread(1 / scales, BLOCK, BLOCK, weight.shape)
+        return QuantizedMatrix(weight.astype(jnp.float8_e4m3fn), scales, scheme, rows)
     groups = _tiled(weight, GROUP, 1)[..., 0]  # [..., I/G, G, O]
     scales = _scale(jnp.abs(groups).max(-2), 7.0)
-    nibbles = _round(groups / scales[..., None, :], 7)
+    nibbles = _round(groups * (1 / scales[..., None, :]), 7)
     low, high = nibbles[..., : GROUP // 2, :], nibbles[..., GROUP // 2 :, :]
     packed = (low & 0xF) | (high << 4)
     packed = packed.reshape(*weight.shape[:-2], -1, weight.shape[-1])
@@ -141,7 +144,7 @@ def matmul(
 
 
 def _scale(largest: Array, limit: float) -> Array:
-    return jnp.where(largest > 0, largest / limit, 1.0).astype(jnp.float32)
+    return jnp.where(largest > _TINY, largest * jnp.float32(1 / limit), 1.0).astype(jnp.float32)
 
 
 def _round(x: Array, limit: int) -> Array:

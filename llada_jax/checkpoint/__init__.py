@@ -6,7 +6,13 @@ from llada_jax.checkpoint.folder import read_config, read_source_config
 from llada_jax.checkpoint.hf import load_hf, save_hf
 from llada_jax.checkpoint.hub import resolve_model
 from llada_jax.checkpoint.keys import hf_names
-from llada_jax.checkpoint.native import is_native, load_native, save_native, stored_dtypes
+from llada_jax.checkpoint.native import (
+    is_native,
+    load_native,
+    save_native,
+    stored_dtypes,
+    stored_quantization,
+)
 from llada_jax.checkpoint.staging import COMPANION_FILES, companion_files
 from llada_jax.checkpoint.verify import Agreement, compare, kl_divergence, layer_drift
 
@@ -30,4 +36,5 @@ __all__ = [
     "save_hf",
     "save_native",
     "stored_dtypes",
+    "stored_quantization",
 ]

@@ -7,6 +7,9 @@
 A process reads only rows that its devices hold (whole rows: of a weight that is sharded over
 columns, each process reads all and keeps its part). On a CPU the buffers are the arrays. On an
 accelerator at most ``STAGING_BYTES`` of them (or one shard) exist at a time.
+
+Weights that are to be quantised are assembled layer by layer, and each layer is quantised where it
+goes before the next one is read: the device holds the quantised model and one layer of one weight.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from llada_jax.checkpoint.matrices import (
 from llada_jax.checkpoint.progress import byte_progress
 from llada_jax.checkpoint.safetensors_io import Reader, TensorInfo, dtype_code
 from llada_jax.config import ModelConfig
+from llada_jax.model.quantization import quantize_pieces, weight_scheme
 from llada_jax.model.weights import WeightSpec, flatten_specs, weight_specs
 from llada_jax.parallel import named_sharding
 
@@ -76,7 +80,7 @@ class _Part:
 
 @dataclasses.dataclass
 class _Weight:
-    """One weight: its pieces, where it goes, and the batches in which it is assembled."""
+    """One weight or layer of it: its pieces, where it goes, the batches that it is assembled in."""
 
     path: str
     shape: tuple[int, ...]
@@ -104,6 +108,7 @@ def assemble(
     mesh: Mesh | None,
     progress: bool,
     check_finite: bool,
+    quantization: str | None = None,
 ) -> dict[str, Any]:
     """Reads all weights of ``config``; the arguments are those of ``load_hf``.
 
@@ -115,26 +120,35 @@ def assemble(
       The nested parameters.
     """
     blocks = pieces(config, merged)
-    weights = [
-        _plan(path, spec, blocks[path], tensors, dtype, mesh)
-        for path, spec in flatten_specs(weight_specs(config)).items()
-    ]
-    jobs = {w.path: [list(_jobs(w, batch, tensors)) for batch in w.batches] for w in weights}
+    specs = flatten_specs(weight_specs(config))
+    schemes = {path: weight_scheme(path, spec, quantization) for path, spec in specs.items()}
+    plans: dict[str, list[_Weight]] = {}
+    for path, spec in specs.items():
+        if schemes[path] is None:
+            plans[path] = [_plan(path, spec, blocks[path], tensors, dtype, mesh)]
+        else:  # from the precision that is stored: the result does not depend on dtype
+            layers = range(spec.shape[0]) if blocks[path][0].lead else [None]
+            plans[path] = [_plan(path, spec, blocks[path], tensors, None, mesh, i) for i in layers]
+    jobs = {
+        id(w): [list(_jobs(w, batch, tensors)) for batch in w.batches]
+        for plan in plans.values()
+        for w in plan
+    }
     total = sum(_nbytes(j, tensors) for batches in jobs.values() for b in batches for j in b)
-    params: dict[str, jax.Array] = {}
+    params: dict[str, Any] = {}
     with (
         Reader() as reader,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
         byte_progress("loading weights", total, progress) as advance,
     ):
-        for weight in weights:
 
-            def run(job: _Job, dtype: np.dtype = weight.dtype) -> int:
-                _run(job, reader, tensors[job.piece.name], dtype, check_finite)
+        def read(weight: _Weight) -> jax.Array:
+            def run(job: _Job) -> int:
+                _run(job, reader, tensors[job.piece.name], weight.dtype, check_finite)
                 return _nbytes(job, tensors)
 
             arrays: dict[Any, jax.Array] = {}
-            for batch, batch_jobs in zip(weight.batches, jobs[weight.path], strict=True):
+            for batch, batch_jobs in zip(weight.batches, jobs[id(weight)], strict=True):
                 for part in batch:
                     shape = tuple(b - a for a, b in part.bounds)
                     part.buffer = aligned_empty(shape, weight.dtype)
@@ -145,12 +159,19 @@ def assemble(
                         arrays[device] = jax.device_put(part.buffer, device)
                     part.buffer = None
                 jax.block_until_ready(list(arrays.values()))
-            params[weight.path] = jax.make_array_from_single_device_arrays(
+            return jax.make_array_from_single_device_arrays(
                 weight.shape,
                 weight.sharding,
                 [arrays[d] for d in weight.sharding.addressable_devices_indices_map(weight.shape)],
                 dtype=weight.dtype,
             )
+
+        for path, plan in plans.items():
+            scheme, sharding = schemes[path], plan[0].sharding
+            if scheme is None:
+                params[path] = read(plan[0])
+            else:
+                params[path] = quantize_pieces(map(read, plan), specs[path], scheme, sharding)
     return traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -194,23 +215,30 @@ def _plan(
     tensors: Mapping[str, TensorInfo],
     dtype: Any,
     mesh: Mesh | None,
+    layer: int | None = None,
 ) -> _Weight:
+    """The plan of a weight, or of one layer of it, ``[1, ...]``."""
     stored = [tensors[p.name].dtype for p in blocks]
     out = target_dtype(path, spec, stored, dtype, str(tensors[blocks[0].name].file.parent))
     sharding = weight_sharding(spec, mesh)
+    shape = spec.shape if layer is None else (1, *spec.shape[1:])
+    if layer is not None:
+        blocks = [p for p in blocks if p.lead[0] == layer]
     parts: dict[Bounds, _Part] = {}
-    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None
         bounds = tuple(
-            s.indices(size)[:2] for s, size in zip(index, spec.shape, strict=True)
+            s.indices(size)[:2] for s, size in zip(index, shape, strict=True)
         )  # [start, stop)
+        if layer is not None:
+            bounds = ((layer, layer + 1), *bounds[1:])
         if bounds not in parts:
             parts[bounds] = _part(path, spec.shape, bounds, blocks[0])
         parts[bounds].devices.append(device)
     on_cpu = all(d.platform == "cpu" for p in parts.values() for d in p.devices)
     size = max((math.prod(b - a for a, b in bounds) for bounds in parts), default=0) * out.itemsize
     groups = batches(list(parts.values()), size, on_cpu=on_cpu)
-    return _Weight(path, spec.shape, out, sharding, blocks, groups)
+    return _Weight(path, shape, out, sharding, blocks, groups)
 
 
 def batches(parts: Sequence[Any], size: int, *, on_cpu: bool) -> list[list[Any]]:

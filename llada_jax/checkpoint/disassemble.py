@@ -21,14 +21,23 @@ from llada_jax.checkpoint.progress import byte_progress
 from llada_jax.checkpoint.safetensors_io import Writer, dtype_code
 from llada_jax.checkpoint.staging import write_json
 from llada_jax.config import ModelConfig
+from llada_jax.model.quantization import weight_scheme
 from llada_jax.model.weights import flatten_specs, weight_specs
+from pallas_kernels.quantized import QuantizedMatrix
 
 Array: TypeAlias = jax.Array | np.ndarray
 Tensors: TypeAlias = dict[str, tuple[np.dtype, tuple[int, ...]]]  # name -> precision, shape
 
 
-def flat_params(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Array]:
+def flat_params(
+    config: ModelConfig, params: Mapping[str, Any], quantization: str | None = None
+) -> dict[str, Any]:
     """Flattens parameters to ``{path: array}``, after comparing them with the model's weights.
+
+    Args:
+      config: the model.
+      params: nested dictionaries.
+      quantization: how they are quantised; ``None`` refuses quantised weights.
 
     Raises:
       CheckpointError: naming a missing, unexpected or mis-shaped weight, or one of a precision
@@ -44,11 +53,27 @@ def flat_params(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Arr
             f"missing {', '.join(missing) or 'none'}; unexpected {', '.join(unexpected) or 'none'}"
         )
     for path, spec in specs.items():
-        if tuple(flat[path].shape) != spec.shape:
+        weight, scheme = flat[path], weight_scheme(path, spec, quantization)
+        found = weight.scheme if isinstance(weight, QuantizedMatrix) else None
+        if found != scheme and quantization is None:
             raise CheckpointError(
-                f"{path} has shape {list(flat[path].shape)}, but the configuration asks for "
-                f"{list(spec.shape)}"
+                f"{path} is quantised ({found}), which the Hugging Face layout has no place for; "
+                "write it with save_native, or export the weights that it was made from "
+                "(dequantize_params gives rounded ones)"
             )
+        if found != scheme:
+            raise CheckpointError(
+                f"{path} is of scheme {found}, not {scheme} as in {quantization} models; use "
+                "quantize_params"
+            )
+        shape = spec.fold.shape(spec.shape) if spec.fold is not None and scheme else spec.shape
+        if tuple(weight.shape) != shape:
+            raise CheckpointError(
+                f"{path} has shape {list(weight.shape)}, but the configuration asks for "
+                f"{list(shape)}"
+            )
+        if scheme is not None:
+            continue
         try:
             dtype_code(flat[path].dtype)
         except (CheckpointError, TypeError) as error:

@@ -193,10 +193,14 @@ def uneven_dtypes(
     config: ModelConfig,
     params: Mapping[str, jax.Array | np.ndarray],
 ) -> dict[str, np.dtype]:
-    """Those of ``dtypes`` that differ from the precision of the (flat) weight they went into."""
+    """Those of ``dtypes`` that differ from the precision of the (flat) weight they went into.
+
+    Weights that are not among ``params`` are left out.
+    """
 
     def differs(piece: Piece) -> bool:
-        return piece.name in dtypes and dtypes[piece.name] != params[piece.path].dtype
+        known = piece.name in dtypes and piece.path in params
+        return known and dtypes[piece.name] != params[piece.path].dtype
 
     blocks = (p for ps in pieces(config).values() for p in ps)
     return {p.name: dtypes[p.name] for p in blocks if differs(p)}

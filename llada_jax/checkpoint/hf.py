@@ -17,6 +17,7 @@ from llada_jax.checkpoint.folder import check_tensors, list_tensors, read_config
 from llada_jax.checkpoint.keys import hf_names
 from llada_jax.checkpoint.staging import copy_files, staged_folder, write_json
 from llada_jax.config import ConfigError, ModelConfig
+from llada_jax.model.quantization import check_quantization
 
 _MODEL_TYPE = {False: "llada2_moe", True: "llada2_moe_veomni"}  # by merged experts
 
@@ -29,6 +30,7 @@ def load_hf(
     mesh: Mesh | None = None,
     progress: bool = False,
     check_finite: bool = True,
+    quantization: str | None = None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Reads a Hugging Face checkpoint into stacked weights.
 
@@ -45,6 +47,8 @@ def load_hf(
       mesh: shard over this mesh by the rules table; otherwise all goes to the default device.
       progress: show a bar.
       check_finite: refuse NaN and infinity.
+      quantization: ``"int8"``, ``"fp8"`` or ``"int4"``: quantise each layer of each weight as soon
+        as it is read, from its stored precision (``quantize_params`` does the same later).
 
     Returns:
       The configuration, and the parameters as nested dictionaries.
@@ -52,7 +56,9 @@ def load_hf(
     Raises:
       CheckpointError: if anything is missing, damaged, or does not belong together. It is raised
         before any weight is read, except for values that are not finite.
+      ValueError: for an unknown ``quantization``.
     """
+    check_quantization(quantization)
     tensors = list_tensors(folder)
     config = config or read_config(folder)
     merged = check_tensors(folder, tensors, config)
@@ -64,6 +70,7 @@ def load_hf(
         mesh=mesh,
         progress=progress,
         check_finite=check_finite,
+        quantization=quantization,
     )
     return config, params
 

@@ -1,16 +1,20 @@
 """Measure: `bench decode` the decoder beside the released code's loop, `bench load` an import,
-`bench train` training steps and the memory of the loss.
+`bench train` training steps and the memory of the loss. `bench roofline` measures nothing: it
+adds up the least time of a decoding forward on each TPU.
 
 llada-jax bench decode --json
 llada-jax bench decode --batch 1 4 16 --prompt-length 128
 llada-jax bench load --gigabytes 2
 llada-jax bench train --rounds 2 --json
+llada-jax bench roofline --shape mini flash --json
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,7 +26,7 @@ from llada_jax.cli.parser import UsageError, positive_int
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure."""
-    parser.add_argument("what", choices=("decode", "load", "train"))
+    parser.add_argument("what", choices=("decode", "load", "train", "roofline"))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     decode = parser.add_argument_group("bench decode")
     for name, default, text in (
@@ -38,9 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch",
         type=positive_int,
         nargs="+",
-        default=[1, 8],
         metavar="N",
-        help="prompts decoded together (1 8)",
+        help="prompts decoded together (1 8; bench roofline 1 8 32)",
     )
     train = parser.add_argument_group("bench train")
     train.add_argument("--config", default="nano", help="the model's shape (nano)")
@@ -58,10 +61,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--gigabytes", type=float, default=2.0, metavar="X", help="size of the checkpoint (2)"
     )
+    roofline = parser.add_argument_group("bench roofline")
+    roofline.add_argument(
+        "--shape", nargs="+", default=["mini"], metavar="MODEL", help="models (mini)"
+    )
+    roofline.add_argument(
+        "--cache-length",
+        type=positive_int,
+        default=1024,
+        metavar="N",
+        help="cached positions a row (1024)",
+    )
+    roofline.add_argument(
+        "--kernels",
+        type=Path,
+        metavar="FILE",
+        help="from `python -m pallas_kernels.report --json`: adds the kernels' bundles as time",
+    )
+    roofline.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures and prints."""
+    if args.what == "roofline":
+        return _roofline(args)
     measured = {"decode": _decode, "load": _load, "train": _train}[args.what](args)
     if args.json:
         print_json(measured)
@@ -79,11 +102,66 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
         return bench_decode(
             args.prompt_length,
             args.new_tokens,
-            tuple(dict.fromkeys(args.batch)),
+            tuple(dict.fromkeys(args.batch or [1, 8])),
             args.width,
             args.repeats,
             report=status.update,
         )
+
+
+def _roofline(args: argparse.Namespace) -> int:
+    from llada_jax.bench.roofline import bench_roofline
+
+    kernels = json.loads(args.kernels.read_text()) if args.kernels else ()
+    batches = tuple(dict.fromkeys(args.batch or [1, 8, 32]))
+    rows = [
+        row
+        for model in args.shape
+        for row in bench_roofline(model, batches, cache_length=args.cache_length, kernels=kernels)
+    ]
+    if args.json:
+        print_json(rows)
+        return 0
+    header, lines = _roofline_cells(rows)
+    if args.markdown:
+        for line in (header, ["---", *["---:"] * (len(header) - 1)], *lines):
+            print(f"| {' | '.join(line)} |")
+        return 0
+    title = f"limits at {args.cache_length} cached positions a row"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+    for name in header:
+        table.add_column(name, justify="right" if name != "chip" else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    Console(highlight=False).print(table)
+    return 0
+
+
+def _roofline_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The limits as text; models are named where there are several."""
+    header = ["chip", "weights", "rows", "GB", "GFLOP", "bound", "fwd/s", "tok/s S", "tok/s Q"]
+    header += ["fits", "kernels ms"]
+    several = len({row["model"] for row in rows}) > 1
+    lines = []
+    for row in rows:
+        sums, compiled = row["arithmetic"], row["compiler"]
+        speeds = sums["tokens_per_second"]
+        chip = f"{row['chip']} {row['model']}" if several else row["chip"]
+        lines.append(
+            [
+                chip,
+                row["weights"],
+                str(row["batch"]),
+                f"{sums['bytes'] / 1e9:.1f}",
+                f"{sums['flops'] / 1e9:.0f}",
+                sums["bound"],
+                f"{sums['forwards_per_second']:.0f}",
+                *(f"{speeds[m]:.0f}" if m in speeds else "" for m in ("speed", "quality")),
+                "yes" if sums["fits"] else "no",
+                f"{1e3 * compiled['bound_seconds']:.1f}" if compiled else "",
+            ]
+        )
+    return header, lines
 
 
 def _load(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
   llada-jax convert inclusionAI/LLaDA2.1-mini mini-orbax --to orbax
   llada-jax convert mini-orbax exported --to hf
+  llada-jax convert inclusionAI/LLaDA2.1-mini mini-int8 --to orbax --quantize int8
 
-Without --dtype every tensor keeps its bytes. Tokenizer files go along.
+Without --dtype and --quantize every tensor keeps its bytes. Tokenizer files go along.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 from llada_jax.checkpoint import convert
-from llada_jax.cli.models import on_terminal
+from llada_jax.cli.models import add_quantization_argument, on_terminal
 from llada_jax.cli.output import note
 from llada_jax.llm import model_folder
 
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --to hf: one tensor for all experts of a layer",
     )
     parser.add_argument("--dtype", choices=_DTYPES, help="store weights in this precision")
+    add_quantization_argument(parser, "--quantize", "with --to orbax: quantise the weights")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
         args.to,
         merged_experts=args.merged_experts,
         dtype=args.dtype,
+        quantization=args.quantize,
         progress=on_terminal(),
     )
     note(f"wrote {args.dst}")

@@ -2,6 +2,7 @@
 
 llada-jax eval --task all --mode speed
 llada-jax eval --model FOLDER --task sudoku --difficulty 3 --n 500 --json
+llada-jax eval --model FOLDER --quantization int8 --mode speed
 llada-jax eval --model FOLDER --task editing --threshold 0.9 --editing-threshold off
 """
 
@@ -73,7 +74,11 @@ def run(args: argparse.Namespace) -> int:
     params = _params(args)
     with Console(stderr=True).status(f"loading {args.model or BUILTIN_MODELS[0]}"):
         llm = LLM(
-            args.model, dtype=args.dtype, revision=args.revision, max_batch_size=args.batch_size
+            args.model,
+            dtype=args.dtype,
+            quantization=args.quantization,
+            revision=args.revision,
+            max_batch_size=args.batch_size,
         )
     results = []
     for name in names:

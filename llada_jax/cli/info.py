@@ -10,13 +10,15 @@ import argparse
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from llada_jax.cli.output import print_json
 from llada_jax.config import ModelConfig
-from llada_jax.model import count_parameters
+from llada_jax.model import count_parameters, weight_bytes
+from pallas_kernels.quantized import SCHEMES
 
 _BIAS_BYTES = 4  # the router's expert bias stays float32
 
@@ -42,16 +44,17 @@ def run(args: argparse.Namespace) -> int:
 def describe(config: ModelConfig) -> dict[str, Any]:
     """Sizes of a model.
 
-    ``bytes`` are of the weights: two a parameter in bfloat16 (what the released checkpoints take
-    up), one in int8 (without scales). ``cache_bytes_per_token`` is the attention memory in
-    bfloat16.
+    ``bytes`` are of the weights in bfloat16 (what the released checkpoints take up) and quantised
+    (scales included; what is never quantised in bfloat16). ``cache_bytes_per_token`` is the
+    attention memory in bfloat16.
     """
     count = count_parameters(config)
-    bias = _BIAS_BYTES * count.expert_bias
+    released = 2 * count.total + _BIAS_BYTES * count.expert_bias
+    quantized = {scheme: weight_bytes(config, scheme, jnp.bfloat16) for scheme in SCHEMES}
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
     return {
         "parameters": dataclasses.asdict(count),
-        "bytes": {"bfloat16": 2 * count.total + bias, "int8": count.total + bias},
+        "bytes": {"bfloat16": released, **quantized},
         "cache_bytes_per_token": cache,
         "layers": {"dense": config.num_dense_layers, "moe": config.num_moe_layers},
         "config": dataclasses.asdict(config),
@@ -66,7 +69,7 @@ def _table(name: str, described: dict[str, Any]) -> Table:
         "active a token": f"{_number(count['active'])} "
         f"({_number(count['active_without_embedding'])} without embeddings)",
         "router bias": _number(count["expert_bias"]),
-        "weights": f"{_bytes(size['bfloat16'])} in bfloat16, {_bytes(size['int8'])} in int8",
+        "weights": ", ".join(f"{_bytes(count)} in {kind}" for kind, count in size.items()),
         "cache a token": f"{_bytes(described['cache_bytes_per_token'])} in bfloat16",
         "layers": f"{layers['dense']} dense, {layers['moe']} with experts",
         "experts": _experts(config) if layers["moe"] else "none",

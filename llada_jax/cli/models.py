@@ -8,12 +8,13 @@ import sys
 from rich.console import Console
 
 from llada_jax.llm import BUILTIN_MODELS, LLM
+from pallas_kernels.quantized import SCHEMES
 
 DTYPES = ("auto", "bfloat16", "float32")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--model``, ``--revision`` and ``--dtype``."""
+    """Adds ``--model``, ``--revision``, ``--dtype`` and ``--quantization``."""
     parser.add_argument(
         "--model",
         metavar="M",
@@ -22,6 +23,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     add_dtype_argument(parser)
+    add_quantization_argument(parser)
 
 
 def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
@@ -34,14 +36,28 @@ def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_model(model: str | None, dtype: str = "auto", revision: str | None = None) -> LLM:
+def add_quantization_argument(
+    parser: argparse.ArgumentParser,
+    name: str = "--quantization",
+    what: str = "quantise the weights while loading",
+) -> None:
+    """Adds ``--quantization``."""
+    parser.add_argument(name, choices=SCHEMES, help=what)
+
+
+def open_model(
+    model: str | None,
+    dtype: str = "auto",
+    revision: str | None = None,
+    quantization: str | None = None,
+) -> LLM:
     """Loads a model; says so on a terminal.
 
     Raises:
       CheckpointError, TokenizerError, ChatError: if it cannot be used.
     """
     with Console(stderr=True).status(f"loading {model or BUILTIN_MODELS[0]}"):
-        return LLM(model, dtype=dtype, revision=revision)
+        return LLM(model, dtype=dtype, quantization=quantization, revision=revision)
 
 
 def on_terminal() -> bool:

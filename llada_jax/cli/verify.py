@@ -2,6 +2,7 @@
 
   llada-jax verify original converted
   llada-jax verify original quantised --prompt-file texts.txt --max-kl 0.05
+  llada-jax verify original original --quantization int8
 
 Exits with 1 if the mean KL divergence is above --max-kl.
 """
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llada_jax.checkpoint import Agreement, compare
-from llada_jax.cli.models import add_dtype_argument, open_model
+from llada_jax.cli.models import add_dtype_argument, add_quantization_argument, open_model
 from llada_jax.cli.output import print_json
 from llada_jax.cli.parser import UsageError, positive_int
 from llada_jax.config import ModelConfig
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_dtype_argument(parser)
+    add_quantization_argument(parser, what="quantise the weights of B while loading")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     rows = _read_rows(llm, args)
     outputs_a = run_model(llm, rows)
     del llm
-    llm = open_model(args.b, args.dtype)
+    llm = open_model(args.b, args.dtype, quantization=args.quantization)
     _check_comparable(config, llm.config)
     outputs_b = run_model(llm, rows)
     same_layers = [h.shape for h in outputs_a.layers] == [h.shape for h in outputs_b.layers]

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from llada_jax.decoding.sampling import Adjustment, Proposal, propose_greedily
+from llada_jax.decoding.sampling import Adjustment, Proposal
 from llada_jax.model import KVCache, LLaDA2, init_cache
 from llada_jax.parallel import in_mesh
 from pallas_kernels import WindowMask
@@ -58,10 +58,12 @@ class ModelDenoiser:
     Attributes:
       model: the network.
       mesh: the devices that the weights are spread over, if more than one.
+      cache_dtype: of cached keys and values; the model's by default, or int8.
     """
 
     model: LLaDA2
     mesh: Mesh | None = None
+    cache_dtype: Any = None
 
     @property
     def mask_token_id(self) -> int:
@@ -69,8 +71,9 @@ class ModelDenoiser:
         return self.model.config.mask_token_id
 
     def init_cache(self, batch: int, length: int) -> KVCache:
-        """A cache in the model's activation type."""
-        return init_cache(self.model.config, batch, length, self.model.dtype)
+        """An empty cache."""
+        dtype = self.cache_dtype or self.model.dtype
+        return init_cache(self.model.config, batch, length, dtype)
 
     def forward(self, params, tokens, positions, mask, cache, cache_length, live):
         """Runs the transformer; see ``LLaDA2.__call__``."""
@@ -87,8 +90,12 @@ class ModelDenoiser:
         return out.hidden, out.fresh
 
     def propose(self, params, hidden, adjustment):
-        """See ``propose_greedily``."""
-        return propose_greedily(adjustment.apply(self.logits(params, hidden)))
+        """See ``LLaDA2.confidence``."""
+        with in_mesh(self.mesh):
+            best: Any = self.model.apply(
+                {"params": params}, hidden, *adjustment, method="confidence"
+            )
+        return Proposal(best.token, best.probability, best.entropy)
 
     def logits(self, params, hidden):
         """See ``LLaDA2.logits``."""

@@ -49,6 +49,8 @@ class DiffusionConfig:
       layout: ``"split"``: the noisy copies read the clean copy's keys and values from a pass of its
         own; ``"joint"``: one pass over ``[x_t ; x_0]``. Equal results; ``"split"`` computes less,
         ``"joint"`` gathers sharded weights once.
+      aligned: documents start at multiples of ``block_size`` in their rows. Attention then visits
+        fewer tiles. A training run sets it, from ``data.block_length``.
       loss_chunk: tokens of a row whose scores are in memory at a time.
 
     Raises:
@@ -76,6 +78,7 @@ class DiffusionConfig:
     mask_noise_steps: int = 0
     z_loss: float = 0.0
     layout: str = "split"
+    aligned: bool = False
     loss_chunk: int = 128
 
     def __post_init__(self):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -12,31 +13,58 @@ from jaxtyping import Array, Bool, Float, Int
 from llada_jax.model import KVCache
 from llada_jax.model.experts import RouterStats
 from pallas_kernels import block_diffusion_packed
+from pallas_kernels.block_diffusion_attention import BlockDiffusionMask, Layout
 
 
-class Rows(NamedTuple):
+@no_type_check  # a pytree also holds tracers, shapes, shardings
+class Rows(flax.struct.PyTreeNode):
     """The geometry of a packed batch.
 
     Attributes:
       positions: positions within the documents.
       document: 0 for padding, 1, 2, … within a row.
-      block: ``positions // block_size``.
+      block_size: tokens a block, counted from each document's beginning; ``None``: a document is
+        one block.
+      aligned: documents start at multiples of the block size in their rows. Attention then visits
+        fewer tiles; wrongly set it leaves some out.
     """
 
     positions: Int[Array, "B L"]
     document: Int[Array, "B L"]
-    block: Int[Array, "B L"]
+    block_size: int | None = flax.struct.field(pytree_node=False)
+    aligned: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def of(
-        cls, positions: Int[Array, "B L"], document: Int[Array, "B L"], block_size: int | None
+        cls,
+        positions: Int[Array, "B L"],
+        document: Int[Array, "B L"],
+        block_size: int | None,
+        aligned: bool = False,
     ) -> Rows:
-        """``block_size=None``: a document is one block."""
-        block = jnp.zeros_like(positions) if block_size is None else positions // block_size
-        return cls(positions, document, block)
+        """See the attributes."""
+        return cls(positions, document, block_size, aligned)
+
+    @property
+    def block(self) -> Int[Array, "B L"]:
+        """Which block of its document a token is in."""
+        if self.block_size is None:
+            return jnp.zeros_like(self.positions)
+        return self.positions // self.block_size
+
+    def mask(self, layout: Layout, copies: int = 1) -> BlockDiffusionMask:
+        """The attention mask of one of the passes below."""
+        return BlockDiffusionMask.of(
+            self.positions,
+            self.document,
+            self.block_size,
+            layout,
+            copies=copies,
+            aligned=self.aligned,
+        )
 
     def visible(self, query_copy: int, key_copy: int) -> Bool[Array, "B L L"]:
-        """``block_diffusion_packed`` between two copies; 0 is the clean one."""
+        """``block_diffusion_packed`` between two copies, dense; 0 is the clean one."""
 
         def coordinates(copy: int, axis: int) -> tuple[Array, Array, Array]:
             block = jnp.expand_dims(self.block, axis)
@@ -60,7 +88,7 @@ def clean_context(
         {"params": params},
         tokens,
         rows.positions,
-        mask=rows.visible(0, 0),
+        mask=rows.mask("clean"),
         live=rows.document > 0,
     )
     return out.fresh, out.router
@@ -91,15 +119,14 @@ def noisy_pass(
     def repeated(x: Array, axis: int = 0) -> Array:
         return jnp.repeat(x, copies, axis=axis)
 
-    mask = rows.visible(1, 1)
+    mask = rows.mask("alone" if context is None else "noisy")
     if context is not None:
-        mask = jnp.concatenate([rows.visible(1, 0), mask], axis=-1)
         context = jax.tree.map(lambda x: repeated(x, 1), context)
     out: Any = model.apply(
         {"params": params},
         flat(noisy),
         repeated(rows.positions),
-        mask=repeated(mask),
+        mask=jax.tree.map(repeated, mask),
         context=context,
         live=repeated(rows.document > 0),
         embedding_noise=None if embedding_noise is None else flat(embedding_noise),
@@ -118,11 +145,7 @@ def joint_pass(
 ) -> Pass:
     """One pass over ``[x_t ; x_t' ; … ; x_0]``: (N+1) L tokens, one clean copy for all."""
     batch, copies, length = noisy.shape
-    order = [*range(1, copies + 1), 0]
     everything = jnp.concatenate([noisy, tokens[:, None]], axis=1).reshape(batch, -1)
-    mask = jnp.concatenate(
-        [jnp.concatenate([rows.visible(q, k) for k in order], axis=-1) for q in order], axis=1
-    )
     if embedding_noise is not None:
         embedding_noise = jnp.pad(embedding_noise, ((0, 0), (0, 1), (0, 0), (0, 0)))
         embedding_noise = embedding_noise.reshape(*everything.shape, -1)
@@ -130,7 +153,7 @@ def joint_pass(
         {"params": params},
         everything,
         jnp.tile(rows.positions, (1, copies + 1)),
-        mask=mask,
+        mask=rows.mask("joint", copies),
         live=jnp.tile(rows.document > 0, (1, copies + 1)),
         embedding_noise=embedding_noise,
     )

@@ -101,7 +101,8 @@ def objective(
     tokens, document = batch["tokens"], batch["document"]
     supervised = (batch["supervised"] & (document > 0))[:, None]
     target = tokens[:, None]
-    rows = Rows.of(batch["positions"], document, None if config.mdlm else config.block_size)
+    block_size = None if config.mdlm else config.block_size
+    rows = Rows.of(batch["positions"], document, block_size, config.aligned)
     noisy = noise.noisy
     head = model.apply({"params": params}, method="head")
     context, routers = None, []

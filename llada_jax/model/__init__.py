@@ -6,6 +6,13 @@ F feed-forward, E experts, V vocabulary, M tokens of a flattened batch.
 """
 
 from llada_jax.model.cache import CACHE_AXES, KVCache, init_cache, write_cache
+from llada_jax.model.quantization import (
+    check_quantization,
+    dequantize_params,
+    quantization_of,
+    quantize_params,
+    weight_bytes,
+)
 from llada_jax.model.transformer import LLaDA2, ModelOutput
 from llada_jax.model.weights import (
     ParameterCount,
@@ -22,9 +29,14 @@ __all__ = [
     "ModelOutput",
     "ParameterCount",
     "WeightSpec",
+    "check_quantization",
     "count_parameters",
+    "dequantize_params",
     "flatten_specs",
     "init_cache",
+    "quantization_of",
+    "quantize_params",
+    "weight_bytes",
     "weight_specs",
     "write_cache",
 ]

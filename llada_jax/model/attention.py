@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from typing import Any
 
 import jax
@@ -13,9 +13,9 @@ from llada_jax.config import ModelConfig
 from llada_jax.model.cache import KVCache
 from llada_jax.model.layers import contract, precision_of, rms_norm
 from llada_jax.model.rotary import apply_rotary
-from pallas_kernels import WindowMask
-
-_PIECE = 128  # cached positions read at a time
+from pallas_kernels import Implementation, WindowMask
+from pallas_kernels.block_decode_attention import block_decode_attention
+from pallas_kernels.block_diffusion_attention import BlockDiffusionMask, block_diffusion_attention
 
 
 def project_qkv(
@@ -43,84 +43,72 @@ def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B K S H"],
     value: Float[Array, "B K S H"],
-    mask: Bool[Array, "#B T S"] | WindowMask | None = None,
-    cache: KVCache | None = None,
-    cache_length: Int[Array, " B"] | None = None,
-    layer: Int[Array, ""] | int = 0,
+    mask: Bool[Array, "#B T S"] | BlockDiffusionMask | None = None,
+    kernels: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention of fresh queries over the keys given and a cached prefix.
-
-    The prefix is read where it lies, in pieces up to the longest row's length: what a canvas has
-    beyond costs nothing. With a cache there is no gradient.
+    """Softmax attention over the keys given, with gradients.
 
     Args:
-      query: the fresh tokens; each of the K key heads serves ``N / K`` of the N query heads.
-      key, value: the fresh tokens', and a context's before them where there is one.
-      mask: which keys a fresh query sees (at least one each); all of them by default.
-      cache: earlier tokens, seen by every query.
-      cache_length: how many cached positions of each row are valid; needed with ``cache``.
-      layer: which layer of the cache to read.
+      query: each of the K key heads serves ``N / K`` of the N query heads.
+      key, value: those of the queries' own tokens, and a context's before them.
+      mask: which keys a query sees (at least one each); all of them by default. A dense mask is
+        for toys: all scores are in memory then.
+      kernels: which implementation to take where there are several.
 
     Returns:
       The mixed values in ``query``'s dtype; scores and softmax are float32.
     """
-    batch, kv_heads, _, head_dim = key.shape
-    length = query.shape[1]
-    if isinstance(mask, WindowMask):
-        mask = mask.dense(length)
-    precision = precision_of(query.dtype)
-    # [B, K, G T, H]: all queries that share a key head form one matrix.
-    packed = query.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    groups = packed.shape[2]
-    packed = packed.reshape(batch, kv_heads, groups * length, head_dim)
-
-    def scores(keys: Array) -> Array:  # [B, K, G T, keys]
-        raw = jnp.einsum(
-            "bkqh,bksh->bkqs",
-            packed,
-            keys,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
-        return raw * head_dim**-0.5
-
-    def mix(odds: Array, values: Array) -> Array:  # [B, K, G T, H]
-        return jnp.einsum(
-            "bkqs,bksh->bkqh",
-            odds.astype(values.dtype),
-            values,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
-
-    fresh = scores(key)
+    if isinstance(mask, BlockDiffusionMask):
+        return block_diffusion_attention(query, key, value, mask, implementation=kernels)
+    batch, length, heads, head_dim = query.shape
+    packed = query.reshape(batch, length, key.shape[1], -1, head_dim)
+    precision: Any = precision_of(query.dtype)
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    scores = product("btkgh,bksh->bkgts", packed, key) * head_dim**-0.5
     if mask is not None:
-        tiled = jnp.tile(mask[:, None], (1, 1, groups, 1))  # [B, 1, G T, T]
-        fresh = jnp.where(tiled, fresh, -jnp.inf)
-    largest = jax.lax.stop_gradient(fresh.max(-1, keepdims=True))
-    odds = jnp.exp(fresh - largest)
-    total, mixed = odds.sum(-1, keepdims=True), mix(odds, value)
-    if cache is not None and cache_length is not None:
-        piece = math.gcd(cache.keys.shape[3], _PIECE)
+        scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    odds = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    mixed = product("bkgts,bksh->btkgh", odds, value)
+    return mixed.reshape(batch, length, heads, head_dim).astype(query.dtype)
 
-        def take(memory: Array, start: Array) -> Array:  # [B, K, piece, H]
-            size = (1, batch, kv_heads, piece, head_dim)
-            return jax.lax.dynamic_slice(memory, (layer, 0, 0, start, 0), size)[0]
 
-        def add_piece(i: Array, carry: tuple[Array, Array, Array]):
-            largest, total, mixed = carry
-            start = i * piece
-            valid = start + jnp.arange(piece) < cache_length[:, None]  # [B, piece]
-            old = jnp.where(valid[:, None, None], scores(take(cache.keys, start)), -jnp.inf)
-            new_largest = jnp.maximum(largest, old.max(-1, keepdims=True))
-            shrink, odds = jnp.exp(largest - new_largest), jnp.exp(old - new_largest)
-            total = total * shrink + odds.sum(-1, keepdims=True)
-            return new_largest, total, mixed * shrink + mix(odds, take(cache.values, start))
+def attend_cached(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B K T H"],
+    value: Float[Array, "B K T H"],
+    cache: KVCache,
+    cache_length: Int[Array, " B"],
+    layer: Int[Array, ""] | int,
+    mask: WindowMask | None = None,
+    kernels: Implementation | None = None,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention of fresh tokens over a cached prefix and over themselves; no gradient.
 
-        pieces = (cache_length.max() + piece - 1) // piece
-        _, total, mixed = jax.lax.fori_loop(0, pieces, add_piece, (largest, total, mixed))
-    out = (mixed / total).reshape(batch, kv_heads, groups, length, head_dim)
-    return out.transpose(0, 3, 1, 2, 4).reshape(query.shape).astype(query.dtype)
+    The prefix is read where it lies, up to each row's length.
+
+    Args:
+      query, key, value: the fresh tokens'.
+      cache: earlier tokens, seen by every query.
+      cache_length: how many cached positions of each row are valid.
+      layer: which layer of the cache to read.
+      mask: who sees whom among the fresh tokens; all see all by default.
+      kernels: see ``attend``.
+    """
+    mask = mask or WindowMask()
+    return block_decode_attention(
+        query,
+        key,
+        value,
+        cache.keys,
+        cache.values,
+        cache_length,
+        layer,
+        fresh_length=mask.length,
+        causal=mask.causal,
+        block_length=mask.block_length,
+        cache_scales=cache.scales,
+        implementation=kernels,
+    )
 
 
 def project_out(mixed: Float[Array, "B T N H"], weights: dict[str, Any]) -> Float[Array, "B T D"]:

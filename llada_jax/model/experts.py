@@ -1,4 +1,4 @@
-"""The mixture of experts: route, sort, grouped matrix products, combine; dropless and exact."""
+"""The mixture of experts: route, then the experts of each token; dropless and exact."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llada_jax.config import ModelConfig
-from llada_jax.model.grouped_matmul import grouped_matmul
 from llada_jax.model.layers import gated_mlp
 from llada_jax.model.router import choose_experts, router_logits
+from pallas_kernels import Implementation
+from pallas_kernels.expert_mlp import MAX_TOKENS, expert_mlp
 
 
 @no_type_check  # a pytree also holds tracers, shapes, shardings
@@ -34,6 +35,7 @@ def mixture_of_experts(
     config: ModelConfig,
     live: Bool[Array, "B T"] | None = None,
     layer: Int[Array, ""] | None = None,
+    kernels: Implementation | None = None,
 ) -> tuple[Float[Array, "B T D"], RouterStats]:
     """Routed experts plus the shared expert, which is not scaled.
 
@@ -44,7 +46,8 @@ def mixture_of_experts(
       live: tokens that matter. The others reach no routed expert, so they cost nothing there and
         get an arbitrary finite result.
       layer: given when ``weights["experts"]`` holds all layers ``[L, E, ...]``; see
-        ``grouped_matmul``.
+        ``pallas_kernels.expert_mlp``.
+      kernels: which implementation to take for as many tokens as the kernel is made for.
 
     Returns:
       The mixture, and what this layer's router did.
@@ -58,35 +61,21 @@ def mixture_of_experts(
         z = jnp.square(jax.nn.logsumexp(logits, axis=-1))
         if live is not None:
             z = jnp.where(live.reshape(-1), z, 0.0)
-    with jax.named_scope("dispatch"):
-        k = config.num_experts_per_tok
         if live is not None:
             experts = jnp.where(live.reshape(-1, 1), experts, config.num_experts)
-        assigned = experts.reshape(-1)  # [M k], token-major
-        order = jnp.argsort(assigned, stable=True)
-        group_sizes = jnp.bincount(assigned, length=config.num_experts + 1)[: config.num_experts]
-        back = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
-        rows = _permute(jnp.repeat(flat, k, axis=0), order, back)
-    with jax.named_scope("experts"):
-        stacks = weights["experts"]
-        gate = grouped_matmul(rows, stacks["gate"], group_sizes, layer)
-        up = grouped_matmul(rows, stacks["up"], group_sizes, layer)
-        out = grouped_matmul(jax.nn.silu(gate) * up, stacks["down"], group_sizes, layer)
-    with jax.named_scope("combine"):
-        per_token = _permute(out, back, order).reshape(-1, k, dim).astype(jnp.float32)
-        mixed = (per_token * gates[..., None]).sum(1).astype(x.dtype)
+        load = jnp.bincount(experts.reshape(-1), length=config.num_experts + 1)[:-1]
+    stacks = weights["experts"]
+    mixed = expert_mlp(
+        flat,
+        stacks["gate"],
+        stacks["up"],
+        stacks["down"],
+        experts,
+        gates,
+        layer=layer,
+        implementation=kernels if len(flat) <= MAX_TOKENS else None,
+    )
     if "shared" in weights:
         with jax.named_scope("shared_expert"):
             mixed = mixed + gated_mlp(flat, weights["shared"])
-    return mixed.reshape(batch, length, dim), RouterStats(group_sizes, z.sum())
-
-
-@jax.custom_vjp
-def _permute(x: Array, order: Array, back: Array) -> Array:
-    """``x[order]``, whose gradient is a gather too: ``back`` is the inverse of ``order``."""
-    return x[order]
-
-
-_permute.defvjp(
-    lambda x, order, back: (x[order], back), lambda back, given: (given[back], None, None)
-)
+    return mixed.reshape(batch, length, dim), RouterStats(load, z.sum())

@@ -12,13 +12,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llada_jax.config import ModelConfig
-from llada_jax.model.attention import attend, project_out, project_qkv
+from llada_jax.model.attention import attend, attend_cached, project_out, project_qkv
 from llada_jax.model.cache import KVCache
 from llada_jax.model.experts import RouterStats, mixture_of_experts
 from llada_jax.model.layers import contract, gated_mlp, rms_norm
 from llada_jax.model.rotary import rotary_tables
 from llada_jax.model.weights import WeightSpec, weight_specs
 from pallas_kernels import Implementation, WindowMask
+from pallas_kernels.block_diffusion_attention import BlockDiffusionMask
+from pallas_kernels.confidence_head import HeadResult, confidence_head
 from pallas_kernels.quantized import Matrix, QuantizedMatrix
 
 
@@ -102,7 +104,7 @@ class LLaDA2(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         *,
-        mask: Bool[Array, "#B T S"] | WindowMask | None = None,
+        mask: Bool[Array, "#B T S"] | WindowMask | BlockDiffusionMask | None = None,
         cache: KVCache | None = None,
         cache_length: Int[Array, " B"] | None = None,
         context: KVCache | None = None,
@@ -115,7 +117,8 @@ class LLaDA2(nn.Module):
         Args:
           tokens: token ids in ``[0, V)``.
           positions: absolute positions; ``0 … T-1`` by default.
-          mask: which tokens each fresh token sees, those of ``context`` first; all by default.
+          mask: which tokens each fresh token sees, those of ``context`` first; all by default. A
+            ``WindowMask`` with a cache; otherwise a ``BlockDiffusionMask``, or dense for toys.
           cache: keys and values of earlier tokens, seen by every fresh token. Inference only.
           cache_length: valid cache positions of each row; needed with ``cache``.
           context: keys and values of other tokens, seen as ``mask`` says. Unlike a cache it has
@@ -137,11 +140,15 @@ class LLaDA2(nn.Module):
             with jax.named_scope("attention"):
                 normed = rms_norm(x, w["attention_norm"]["scale"], config.rms_norm_eps)
                 query, key, value = project_qkv(normed, w["attention"], cos, sin, config)
-                seen_key, seen_value = key, value
-                if before is not None:
+                if cache is not None:
+                    fresh = (query, key, value)
+                    mixed = attend_cached(*fresh, cache, cache_length, index, mask, self.kernels)
+                elif before is not None:
                     seen_key = jnp.concatenate([before.keys, key], axis=2)
                     seen_value = jnp.concatenate([before.values, value], axis=2)
-                mixed = attend(query, seen_key, seen_value, mask, cache, cache_length, index)
+                    mixed = attend(query, seen_key, seen_value, mask, self.kernels)
+                else:
+                    mixed = attend(query, key, value, mask, self.kernels)
                 x = x + project_out(mixed, w["attention"]["out"])
             with jax.named_scope("feed_forward"):
                 normed = rms_norm(x, w["mlp_norm"]["scale"], config.rms_norm_eps)
@@ -183,9 +190,8 @@ class LLaDA2(nn.Module):
             def moe(normed, w, i):
                 if experts is None:
                     return mixture_of_experts(normed, w["moe"], config, live)
-                return mixture_of_experts(
-                    normed, w["moe"] | {"experts": experts}, config, live, layer=i
-                )
+                moe = w["moe"] | {"experts": experts}
+                return mixture_of_experts(normed, moe, config, live, i, self.kernels)
 
             x, (*out, router) = stack(x, group, config.num_dense_layers, moe)
             outputs.append(tuple(out))
@@ -203,6 +209,32 @@ class LLaDA2(nn.Module):
         """Scores over the vocabulary, float32; the product itself runs in ``dtype``."""
         with jax.named_scope("lm_head"):
             return contract("...d,dv->...v", hidden, self.head()).astype(jnp.float32)
+
+    def confidence(
+        self,
+        hidden: Float[Array, "*batch D"],
+        banned: Int[Array, "*batch"],
+        penalised: Int[Array, "*batch"],
+        penalty: Float[Array, "*batch"],
+    ) -> HeadResult:
+        """The best token of every position and what the softmax says of it, without the scores.
+
+        Args:
+          hidden: final hidden states.
+          banned: a token that is impossible at this position; -1 for none.
+          penalised: a token whose score is lowered by ``penalty``; -1 for none.
+          penalty: by how much.
+        """
+        tied = self.config.tie_word_embeddings
+        return confidence_head(
+            hidden,
+            self._groups["embed"]()["embedding"] if tied else self._groups["lm_head"]()["kernel"],
+            banned=banned,
+            penalised=penalised,
+            penalty=penalty,
+            transposed=tied,
+            implementation=self.kernels,
+        )
 
     def init_params(self, key: Array) -> dict[str, Any]:
         """Freshly initialised weights, as the nested dictionary that ``apply`` takes."""

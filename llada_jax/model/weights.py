@@ -33,6 +33,35 @@ from llada_jax.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class Fold:
+    """How a weight folds into a stack of matrices ``[*stack, I, O]``, of which I is contracted.
+
+    [Ld, N, H, D], one stack axis, two contracted ones -> [Ld, N*H, D]
+
+    Attributes:
+      stack: axes in front that stay as they are.
+      contracted: axes after them that an activation is contracted with; the rest make up O.
+    """
+
+    stack: int
+    contracted: int = 1
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The folded shape."""
+        stack, rows, cols = self._parts(shape)
+        return (*stack, math.prod(rows), math.prod(cols))
+
+    def axes(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
+        """One name a folded axis: that of the first axis folded into it, the slowest one."""
+        stack, rows, cols = self._parts(axes)
+        return (*stack, rows[0], cols[0])
+
+    def _parts(self, shape: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
+        middle = self.stack + self.contracted
+        return shape[: self.stack], shape[self.stack : middle], shape[middle:]
+
+
+@dataclasses.dataclass(frozen=True)
 class WeightSpec:
     """One weight.
 
@@ -42,12 +71,15 @@ class WeightSpec:
       init: ``"normal"`` (std ``initializer_range``), ``"ones"`` or ``"zeros"``.
       keep_dtype: the weight keeps its stored precision when a model is cast (the router, whose
         choice of experts must not depend on the compute type).
+      fold: how it folds into matrices that can be quantised; ``None`` if it never is
+        (``model/quantization.py``).
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Literal["normal", "ones", "zeros"] = "normal"
     keep_dtype: bool = False
+    fold: Fold | None = None
 
     def initialize(self, key: jax.Array, std: float, dtype: Any) -> jax.Array:
         """Draws the weight; ``dtype`` is ignored (float32 instead) where ``keep_dtype`` is set."""
@@ -74,7 +106,8 @@ def weight_specs(config: ModelConfig) -> SpecTree:
         specs["moe_layers"] = _layer(c, c.num_moe_layers) | {"moe": _moe(c, c.num_moe_layers)}
     specs["final_norm"] = {"scale": WeightSpec((c.hidden_size,), ("embed",), "ones")}
     if not c.tie_word_embeddings:
-        specs["lm_head"] = {"kernel": WeightSpec((c.hidden_size, c.vocab_size), ("embed", "vocab"))}
+        shape = c.hidden_size, c.vocab_size
+        specs["lm_head"] = {"kernel": WeightSpec(shape, ("embed", "vocab"), fold=Fold(0))}
     return specs
 
 
@@ -85,12 +118,14 @@ def _layer(c: ModelConfig, layers: int) -> SpecTree:
         return {"scale": WeightSpec((layers, size), ("layers", axis), "ones")}
 
     def projection(heads: int, axis: str) -> SpecTree:
-        tree = {"kernel": WeightSpec((layers, d, heads, h), ("layers", "embed", axis, "head_dim"))}
+        axes = ("layers", "embed", axis, "head_dim")
+        tree = {"kernel": WeightSpec((layers, d, heads, h), axes, fold=Fold(1))}
         if c.use_qkv_bias:
             tree["bias"] = WeightSpec((layers, heads, h), ("layers", axis, "head_dim"), "zeros")
         return tree
 
-    out = {"kernel": WeightSpec((layers, n, h, d), ("layers", "heads", "head_dim", "embed"))}
+    axes = ("layers", "heads", "head_dim", "embed")
+    out = {"kernel": WeightSpec((layers, n, h, d), axes, fold=Fold(1, contracted=2))}
     if c.use_bias:
         out["bias"] = WeightSpec((layers, d), ("layers", "embed"), "zeros")
     return {
@@ -109,15 +144,17 @@ def _layer(c: ModelConfig, layers: int) -> SpecTree:
 
 def _mlp(c: ModelConfig, layers: int, ffn: int) -> SpecTree:
     d = c.hidden_size
-    up = WeightSpec((layers, d, ffn), ("layers", "embed", "mlp"))
-    down = WeightSpec((layers, ffn, d), ("layers", "mlp", "embed"))
+    up = WeightSpec((layers, d, ffn), ("layers", "embed", "mlp"), fold=Fold(1))
+    down = WeightSpec((layers, ffn, d), ("layers", "mlp", "embed"), fold=Fold(1))
     return {"gate": {"kernel": up}, "up": {"kernel": up}, "down": {"kernel": down}}
 
 
 def _moe(c: ModelConfig, layers: int) -> SpecTree:
     d, e, f = c.hidden_size, c.num_experts, c.moe_intermediate_size
-    up = WeightSpec((layers, e, d, f), ("layers", "experts", "embed", "expert_mlp"))
-    down = WeightSpec((layers, e, f, d), ("layers", "experts", "expert_mlp", "embed"))
+    axes = ("layers", "experts", "embed", "expert_mlp")
+    up = WeightSpec((layers, e, d, f), axes, fold=Fold(2))
+    axes = ("layers", "experts", "expert_mlp", "embed")
+    down = WeightSpec((layers, e, f, d), axes, fold=Fold(2))
     tree: SpecTree = {
         "router": {
             "kernel": WeightSpec((layers, d, e), ("layers", "embed", None), keep_dtype=True),

@@ -251,11 +251,12 @@ class RunConfig:
             raise ConfigError(
                 "give model.tokenizer_path, or model.tokenizer_vocab_size to train one"
             )
+        documents = DataConfig.from_mapping(data)
         return cls(
             model,
-            DataConfig.from_mapping(data),
+            documents,
             TrainSection(**checked_fields(TrainSection, tables["train"], "train")),
-            phases,
+            tuple(_aligned(phase, documents) for phase in phases),
         )
 
     def to_mapping(self) -> dict[str, Any]:
@@ -363,6 +364,13 @@ def _phases(raw: Any, diffusion: Mapping[str, Any]) -> tuple[Phase, ...]:
     if phases[-1].until != 1:
         raise ConfigError(f"the last phase ends at {phases[-1].until}; it must end at 1")
     return tuple(phases)
+
+
+def _aligned(phase: Phase, data: DataConfig) -> Phase:
+    """Says whether every document begins at a multiple of this phase's block size in its row."""
+    aligned = not data.packing or data.block_length % phase.diffusion.block_size == 0
+    diffusion = dataclasses.replace(phase.diffusion, aligned=aligned)
+    return dataclasses.replace(phase, diffusion=diffusion)
 
 
 def _alignment(phases: Sequence[Phase], max_seq_len: Any) -> int:

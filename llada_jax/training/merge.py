@@ -29,6 +29,7 @@ from llada_jax.checkpoint import (
     read_source_config,
     save_hf,
     stored_dtypes,
+    stored_quantization,
 )
 from llada_jax.checkpoint.folder import list_tensors
 from llada_jax.checkpoint.keys import uses_merged_experts
@@ -71,6 +72,12 @@ def merge(
     """
     shares = _shares(len(folders), weights)
     refuse_existing(Path(out))
+    for folder in folders:
+        if (scheme := stored_quantization(folder)) is not None:
+            raise MergeError(
+                f"{folder} holds {scheme} weights, which cannot be averaged; merge the checkpoints "
+                "that they were made from, and quantise the mean"
+            )
     config = _common_config(folders)
     first = folders[0]
     dtypes = stored_dtypes(first, config)

@@ -17,11 +17,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from llada_jax.checkpoint import (
+    CheckpointError,
     companion_files,
     load_checkpoint,
     read_config,
     read_source_config,
     resolve_model,
+    stored_quantization,
 )
 from llada_jax.checkpoint.staging import staged_folder
 from llada_jax.config import ConfigError, ModelConfig
@@ -77,6 +79,11 @@ def prepare(run: RunConfig) -> Start:
     train = run.train
     source = resolve_model(run.model.model_path) if run.model.model_path else None
     if source is not None:
+        if (scheme := stored_quantization(source)) is not None:
+            raise CheckpointError(
+                f"{source} holds {scheme} weights, which are for inference only; train the "
+                "checkpoint that they were made from"
+            )
         config = read_config(source)
         source_config = read_source_config(source)
     else:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from llada_jax.diffusion import DiffusionConfig, Losses, draw_noise, objective
+from llada_jax.parallel import in_mesh
 from llada_jax.training.config import TrainSection
 from llada_jax.training.optimizer import balance_experts, global_norm, without_padding_gradient
 from llada_jax.training.state import BATCH_AXES, TrainState
@@ -48,7 +49,10 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        gradients, losses = loss_gradients(model, diffusion, state.params, batch, key, state.step)
+        with in_mesh(mesh):
+            gradients, losses = loss_gradients(
+                model, diffusion, state.params, batch, key, state.step
+            )
         if not train.train_pad_embedding and "lm_head" in gradients:  # a tied row is the head's too
             pad: int = model.config.pad_token_id  # type: ignore[attr-defined]
             gradients = without_padding_gradient(gradients, pad)
@@ -85,7 +89,8 @@ def make_evaluation(
     def evaluate(params: Any, batch: Batch, key: Array) -> Losses:
         rows = jax.tree.map(lambda x: x[0], dict(batch))
         noise = draw_noise(key, rows, model.config, diffusion)  # type: ignore[attr-defined]
-        return objective(model, diffusion, params, rows, noise)
+        with in_mesh(mesh):
+            return objective(model, diffusion, params, rows, noise)
 
     return jax.jit(evaluate, in_shardings=(shardings.params, batch_sharding(mesh), None))
 

@@ -1,12 +1,5 @@
 """The decoding program compiles for TPUs: real compiler, no chip (needs the extra ``aot``)."""
 
-import os
-
-# Read by libtpu when it is loaded.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,11 +10,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from llada_jax import ModelConfig, SamplingParams
 from llada_jax.decoding import Decoder, ModelDenoiser, RowSettings
 from llada_jax.model import LLaDA2, flatten_specs, weight_specs
+from llada_jax.model.quantization import quantized_shape, quantized_shardings, weight_scheme
 from llada_jax.parallel import MESH_AXES, named_sharding
+from pallas_kernels import aot
+from pallas_kernels.chips import CHIPS
+
+aot.prepare()
 
 pytestmark = pytest.mark.aot
 
-HBM_GIB = {"v5e:2x2": 16, "v5p:2x2x1": 95, "v6e:2x2": 32, "tpu7x:2x2x1": 96}  # a jax device
+HBM_GIB = {chip.topology: chip.hbm_gib for chip in CHIPS.values()}  # a jax device
 
 
 def mesh_of(topology: str, **sizes: int) -> Mesh:
@@ -31,24 +29,47 @@ def mesh_of(topology: str, **sizes: int) -> Mesh:
     return Mesh(chosen, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
-def compile_decode(config, dtype, mesh, *, batch, canvas, max_window=1, prefill_chunk=256):
-    """Compiles ``Decoder.decode`` from shapes alone."""
-    decoder = Decoder(
-        ModelDenoiser(LLaDA2(config, dtype=dtype)),
-        max_window=max_window,
-        prefill_chunk=prefill_chunk,
-    )
+def abstract_params(config, dtype, mesh, quantization=None):
+    """Shapes, types and places of a model's weights."""
     params = {}
     for path, spec in flatten_specs(weight_specs(config)).items():
         node = params
         *parents, name = path.split("/")
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[name] = jax.ShapeDtypeStruct(
-            spec.shape,
-            jnp.float32 if spec.keep_dtype else dtype,
-            sharding=named_sharding(spec.axes, spec.shape, mesh),
-        )
+        place = named_sharding(spec.axes, spec.shape, mesh)
+        scheme = weight_scheme(path, spec, quantization)
+        if scheme is None:
+            kept = jnp.float32 if spec.keep_dtype else dtype
+            node[name] = jax.ShapeDtypeStruct(spec.shape, kept, sharding=place)
+        else:
+            node[name] = jax.tree.map(
+                lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
+                quantized_shape(spec, scheme),
+                quantized_shardings(spec, scheme, place),
+            )
+    return params
+
+
+def compile_decode(
+    config,
+    dtype,
+    mesh,
+    *,
+    batch,
+    canvas,
+    max_window=1,
+    prefill_chunk=256,
+    quantization=None,
+    cache_dtype=None,
+):
+    """Compiles ``Decoder.decode`` from shapes alone."""
+    decoder = Decoder(
+        ModelDenoiser(LLaDA2(config, dtype=dtype), mesh, cache_dtype),
+        max_window=max_window,
+        prefill_chunk=prefill_chunk,
+    )
+    params = abstract_params(config, dtype, mesh, quantization)
     everywhere = NamedSharding(mesh, PartitionSpec())
     settings = RowSettings.from_params([SamplingParams()] * batch, [0], [0] * batch)
     arguments = jax.tree.map(
@@ -61,6 +82,11 @@ def compile_decode(config, dtype, mesh, *, batch, canvas, max_window=1, prefill_
         ),
     )
     return Decoder.decode.lower(decoder, params, *arguments).compile()
+
+
+def check_kernels(text: str) -> None:
+    for name in ("block_decode_attention", "confidence_head", "expert_mlp"):
+        assert f"{name}." in text, f"{name} is not in the program"
 
 
 def bytes_on_a_chip(compiled) -> int:
@@ -85,6 +111,7 @@ def test_counting_compiles(topology, dtype):
     text = compiled.as_text()
     assert "outfeed" not in text  # no host round trip inside
     assert "send(" not in text
+    check_kernels(text)
 
 
 @pytest.mark.parametrize("topology", HBM_GIB)
@@ -100,3 +127,29 @@ def test_mini_compiles_sharded(topology):
     gib = bytes_on_a_chip(compiled) / 2**30
     print(f"{topology}: {gib:.2f} GiB a device")
     assert gib < HBM_GIB[topology]
+    check_kernels(compiled.as_text())
+
+
+@pytest.mark.parametrize(
+    ("topology", "quantization", "batch"),
+    [
+        ("v5e:2x2", "int4", 1),
+        ("v6e:2x2", "int8", 8),
+        ("v5p:2x2x1", "fp8", 8),
+        ("tpu7x:2x2x1", "int8", 32),
+    ],
+)
+def test_mini_compiles_quantised_on_one_chip(topology, quantization, batch):
+    compiled = compile_decode(
+        ModelConfig.from_name("mini"),
+        jnp.bfloat16,
+        mesh_of(topology),
+        batch=batch,
+        canvas=1024,
+        quantization=quantization,
+        cache_dtype=jnp.int8,
+    )
+    gib = bytes_on_a_chip(compiled) / 2**30
+    print(f"{topology} {quantization} batch {batch}: {gib:.2f} GiB")
+    assert gib < HBM_GIB[topology]
+    check_kernels(compiled.as_text())

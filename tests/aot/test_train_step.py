@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 
 from llada_jax import ModelConfig
 from llada_jax.diffusion import DiffusionConfig
@@ -11,6 +12,7 @@ from llada_jax.training.config import TrainSection
 from llada_jax.training.optimizer import make_optimizer
 from llada_jax.training.state import TrainState, state_shardings
 from llada_jax.training.step import batch_sharding, make_step
+from pallas_kernels.chips import CHIPS
 from tests.aot.test_compile import HBM_GIB, bytes_on_a_chip, mesh_of
 
 pytestmark = pytest.mark.aot
@@ -65,3 +67,23 @@ def test_nano_step_compiles_sharded(topology):
     text = compiled.as_text()
     assert "all-reduce" in text
     assert "outfeed" not in text  # no host round trip inside
+    assert "splash" in text
+
+
+@pytest.mark.parametrize("topology", ["v5e:8x8", "v5p:2x2x4", "v6e:4x8", "tpu7x:2x2x4"])
+def test_mini_step_compiles_sharded(topology):
+    """LLaDA2.1-mini, rows of 4096 tokens, one a device."""
+    devices = len(topologies.get_topology_desc("tpu", topology).devices)
+    train = TrainSection("unused", max_steps=100, global_batch_size=devices, remat="full")
+    compiled = compile_step(
+        ModelConfig.from_name("mini"),
+        DiffusionConfig(),
+        train,
+        mesh_of(topology, fsdp=devices),
+        rows=devices,
+        length=4096,
+    )
+    gib = bytes_on_a_chip(compiled) / 2**30
+    print(f"{topology}: {gib:.2f} GiB a device")
+    assert gib < CHIPS[topology.split(":")[0]].hbm_gib
+    assert "splash" in compiled.as_text()

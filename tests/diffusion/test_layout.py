@@ -158,7 +158,9 @@ def test_mask_and_positions_of_the_joint_pass(dense, batch):
         [none, noisy_noisy, noisy_clean],
         [none, none, pair[:, LENGTH:, LENGTH:]],
     ])  # fmt: skip
-    np.testing.assert_array_equal(given["mask"], expected)
+    live = three("document") > 0  # what padding sees does not matter
+    got = np.asarray(given["mask"].dense())
+    np.testing.assert_array_equal(got[live], expected[live])
 
 
 def test_mask_as_it_is_drawn():

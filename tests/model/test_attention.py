@@ -9,8 +9,9 @@ import pytest
 
 from llada_jax.config import RopeScaling
 from llada_jax.model import KVCache
-from llada_jax.model.attention import attend
+from llada_jax.model.attention import attend, attend_cached
 from llada_jax.model.rotary import apply_rotary, inverse_frequencies, rotary_tables
+from pallas_kernels import WindowMask
 from tests.model.test_experts import make_config
 
 
@@ -39,13 +40,13 @@ def test_attend(heads, cached, masked):
     layers = draw(2, 2, batch, k, memory, dim)  # keys and values of two layers
     lengths = np.array([0, 3, 9])
     mask = np.tril(np.ones((batch, length, length), bool)) if masked else None
-    got = attend(
-        *map(jnp.asarray, (query, key, value)),
-        jnp.asarray(mask) if masked else None,
-        KVCache(*map(jnp.asarray, layers)) if cached else None,
-        jnp.asarray(lengths) if cached else None,
-        1,
-    )
+    fresh = map(jnp.asarray, (query, key, value))
+    if cached:
+        window = WindowMask(causal=jnp.ones(batch, bool), block_length=1) if masked else None
+        memory_of_layers = KVCache(*map(jnp.asarray, layers))
+        got = attend_cached(*fresh, memory_of_layers, jnp.asarray(lengths), 1, window)
+    else:
+        got = attend(*fresh, jnp.asarray(mask) if masked else None)
     cache = layers[:, 1]
     for row in range(batch):
         fresh = mask[row] if masked else np.ones((length, length), bool)

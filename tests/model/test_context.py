@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 
 from llada_jax.model import LLaDA2
-from llada_jax.model.experts import _permute, mixture_of_experts
+from llada_jax.model.experts import mixture_of_experts
 from llada_jax.model.router import router_logits
+from pallas_kernels.expert_mlp.xla import permute
 from tests.model.test_experts import make_config, route_by_hand
 
 LENGTH = 8
@@ -123,7 +124,7 @@ def test_a_dense_model_has_no_router_statistics():
 @jax.jit
 def permute_both_ways(x, order, weight):
     back = jnp.argsort(order)
-    ours = jax.value_and_grad(lambda x: (weight * _permute(x, order, back)).sum())(x)
+    ours = jax.value_and_grad(lambda x: (weight * permute(x, order, back)).sum())(x)
     plain = jax.value_and_grad(lambda x: (weight * x[order]).sum())(x)
     return ours, plain
 

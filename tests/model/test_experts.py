@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from llada_jax.config import ModelConfig
 from llada_jax.model import LLaDA2
 from llada_jax.model.experts import mixture_of_experts
-from llada_jax.model.grouped_matmul import _ragged_dot, grouped_matmul
 from llada_jax.model.layers import gated_mlp
 from llada_jax.model.router import route
+from pallas_kernels.expert_mlp.grouped_matmul import _ragged_dot, grouped_matmul
 
 
 def dense(rows, matrices, sizes):

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from llada_jax.checkpoint import save_hf
 from llada_jax.model import init_cache, write_cache
 from llada_jax.model.router import route
-from pallas_kernels import block_causal, block_diffusion
+from pallas_kernels import WindowMask, block_causal, block_diffusion
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +74,11 @@ def test_cached_equals_uncached(counting, forward, uncached):
     @jax.jit
     def run(params, ids, start, cache):
         length = ids.shape[1]
-        place = jnp.arange(length)
-        mask = block_causal(place[:, None], place[None, :], block)[None]
+        mask = WindowMask(causal=jnp.ones(len(ids), bool), block_length=block)
         out = model.apply(
             {"params": params},
             ids,
-            start[:, None] + place,
+            start[:, None] + jnp.arange(length),
             mask=mask,
             cache=cache,
             cache_length=start,

@@ -2,21 +2,23 @@
 
 ``jax.lax.ragged_dot`` does this well on TPU and GPU. On XLA:CPU it multiplies every row with every
 group's matrix, so there a loop over tiles of rows takes its place: a tile belongs to one group,
-and only tiles that exist are visited.
+and only tiles that exist are visited. Quantised matrices are read in the layered form.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llada_jax.model.layers import precision_of
+from pallas_kernels.quantized import Matrix, QuantizedMatrix, dequantize
 
 
 def grouped_matmul(
     rows: Float[Array, "M D"],
-    matrices: Float[Array, "*layers E D F"],
+    matrices: Matrix,
     group_sizes: Int[Array, " E"],
     layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "M F"]:
@@ -25,8 +27,9 @@ def grouped_matmul(
     Args:
       rows: the first ``group_sizes[0]`` rows belong to group 0, and so on; rows beyond the sum of
         the sizes belong to none.
-      matrices: one matrix a group; with ``layer``, those of all layers ``[L, E, D, F]``, of which
-        one layer's are read in place (no copy on CPU). Cast to ``rows.dtype``.
+      matrices: one matrix a group ``[E, D, F]``; with ``layer``, those of all layers
+        ``[L, E, D, F]``, of which one layer's are read in place (no copy on CPU). Cast to
+        ``rows.dtype``. Quantised ones are dequantised, with ``layer`` only what is needed (on CPU).
       group_sizes: rows a group.
       layer: which layer's matrices to use. This form has no gradient.
 
@@ -35,16 +38,36 @@ def grouped_matmul(
     """
     if layer is not None:
         return _forward_stacked(rows, matrices, group_sizes, layer)
-    return _grouped_matmul(rows, matrices.astype(rows.dtype), group_sizes)
+    return _grouped_matmul(rows, _dense(matrices, rows.dtype), group_sizes)
 
 
-def _forward_stacked(rows: Array, matrices: Array, sizes: Array, layer: Array) -> Array:
+def _dense(matrices: Matrix, dtype: Any) -> Array:
+    if isinstance(matrices, QuantizedMatrix):
+        return dequantize(matrices, dtype)
+    return matrices.astype(dtype)
+
+
+def _precision_of(dtype: Any) -> jax.lax.Precision | None:
+    """Full float32 products for float32; TPUs and tensor cores round otherwise."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _forward_stacked(rows: Array, matrices: Matrix, sizes: Array, layer: Array) -> Array:
     def in_tiles(rows, matrices, sizes, layer):
         return _tile_loop(rows, matrices, sizes, layer)
 
     def ragged(rows, matrices, sizes, layer):
-        one = jax.lax.dynamic_index_in_dim(matrices, layer, keepdims=False)
-        return _ragged_dot(rows, one.astype(rows.dtype), sizes)
+        one = jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), matrices
+        )
+        if not isinstance(one, QuantizedMatrix) or one.scheme != "int8":
+            return _ragged_dot(rows, _dense(one, rows.dtype), sizes)
+        # One scale a column comes after the product: no float32 copy of the matrices.
+        product = _ragged_dot(rows, one.values.astype(rows.dtype), sizes)
+        ends = jnp.cumsum(sizes)
+        group = jnp.searchsorted(ends, jnp.arange(len(rows)), side="right")
+        scales = one.scales[jnp.minimum(group, len(sizes) - 1), 0]
+        return (product.astype(jnp.float32) * scales).astype(rows.dtype)
 
     return jax.lax.platform_dependent(rows, matrices, sizes, layer, cpu=in_tiles, default=ragged)
 
@@ -87,7 +110,7 @@ _grouped_matmul.defvjp(_forward, _backward)
 
 
 def _ragged_dot(rows: Array, matrices: Array, sizes: Array) -> Array:
-    product = jax.lax.ragged_dot(rows, matrices, sizes, precision=precision_of(rows.dtype))
+    product = jax.lax.ragged_dot(rows, matrices, sizes, precision=_precision_of(rows.dtype))
     # What the rows beyond the last group hold is up to the platform.
     return jnp.where(jnp.arange(len(rows))[:, None] < sizes.sum(), product, 0)
 
@@ -114,7 +137,7 @@ def _tiles(sizes: Array, rows: int, height: int) -> tuple[Array, Array, Array]:
     return last_tile[-1], group, start
 
 
-def _tile_loop(rows: Array, matrices: Array, sizes: Array, layer: Array) -> Array:
+def _tile_loop(rows: Array, matrices: Matrix, sizes: Array, layer: Array) -> Array:
     """``matrices [L, E, D, F]``. A tile may run past its group; the next group overwrites that."""
     height = _tile_rows(len(rows), len(sizes))
     count, group, start = _tiles(sizes, len(rows), height)
@@ -123,11 +146,14 @@ def _tile_loop(rows: Array, matrices: Array, sizes: Array, layer: Array) -> Arra
 
     def body(i, out):
         tile = jax.lax.dynamic_slice(padded, (start[i], 0), (height, inner))
-        matrix = jax.lax.dynamic_slice(matrices, (layer, group[i], 0, 0), (1, 1, inner, outer))
+        matrix = jax.tree.map(
+            lambda a: jax.lax.dynamic_slice(a, (layer, group[i], 0, 0), (1, 1, *a.shape[2:]))[0, 0],
+            matrices,
+        )
         product = jnp.dot(
             tile,
-            matrix.reshape(inner, outer).astype(tile.dtype),
-            precision=precision_of(tile.dtype),
+            _dense(matrix, tile.dtype),
+            precision=_precision_of(tile.dtype),
         )
         return jax.lax.dynamic_update_slice(out, product, (start[i], 0))
 
@@ -153,7 +179,7 @@ def _tile_outer(rows: Array, cotangent: Array, sizes: Array) -> Array:
         product = jnp.dot(
             tile.T,
             of_tile,
-            precision=precision_of(tile.dtype),
+            precision=_precision_of(tile.dtype),
             preferred_element_type=jnp.float32,
         )
         old = jax.lax.dynamic_slice(out, (group[i], 0, 0), (1, inner, outer))

@@ -1,0 +1,527 @@
+"""The TPU kernel of decode attention: fresh tokens over a cached prefix, read where it lies.
+
+A grid step is one row: its queries, its fresh keys and a loop over the live tiles of its cache. The
+cache stays in HBM; tiles are copied by hand, several in flight, the next row's while this one is
+computed. The last tile of a row is copied in pieces (a half, a quarter, …), so that no more than 31
+positions beyond the row's length are read.
+
+All query heads of a kv head form one matrix with columns ``t * G + g``. Scores are held as ``[keys,
+queries]``: maxima and sums over keys are then sums of whole registers, a query's maximum takes one
+lane, and the queries stay in the matrix unit while the keys stream through it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.block_decode_attention.tuning import (
+    GRANULE,
+    LANES,
+    SUBLANES,
+    Tiling,
+    cores_here,
+    piece_sizes,
+    round_up,
+    tiling,
+)
+
+_FLOOR = -1e30  # below every score: the maximum of nothing, and finite
+_ROW, _TILE, _STARTED, _TAKEN, _SCORED = range(5)  # the places of ``at``
+
+
+def _fold(rows: Array, combine: Callable[[Array, Array], Array]) -> Array:
+    """``[W, R]`` to ``[8, R]``, or unchanged where 8 does not divide W: register by register."""
+    width = rows.shape[0]
+    if width % SUBLANES:
+        return rows
+    return functools.reduce(combine, [rows[i : i + SUBLANES] for i in range(0, width, SUBLANES)])
+
+
+def _kernel(
+    layer_ref,  # [2] int32: the layer of the cache, and that of its scales
+    length_ref,  # [B] int32: valid cached positions
+    fresh_ref,  # [B] int32: fresh keys seen
+    causal_ref,  # [B] int32: 1 where fresh keys are seen block-causally
+    query_ref,  # [1, heads, H, columns]
+    key_ref,  # [1, heads, fresh, H]
+    value_ref,  # [1, heads, fresh, H]
+    cache_key_hbm,  # [layers, B, K, S, H]
+    cache_value_hbm,  # [layers, B, K, S, H]
+    *refs,
+    tiles: Tiling,
+    capacity: int,
+    block_columns: tuple[int, int] | None,
+    quantized: bool,
+):
+    if quantized:
+        key_scale_hbm, value_scale_hbm, *refs = refs  # [layers, B, K, lanes] float32
+        *refs, key_scale_buffer, value_scale_buffer, scale_sems = (
+            refs  # [depth, K, lanes], [2, depth]
+        )
+    (
+        out_ref,  # [1, heads, H, columns]
+        key_buffer,  # [depth, heads, tile, H]
+        value_buffer,  # [depth, heads, tile, H]
+        score_scratch,  # [2, unit, chunk] float32
+        raw_largest_scratch,  # [2, 8, chunk] float32: the largest score is that of the eight
+        largest_ref,  # [heads, 1, columns] float32
+        total_ref,  # [heads, 8, columns] float32, a query's total is the sum of the eight
+        mixed_ref,  # [heads, H, columns] float32
+        sems,  # [2, depth]
+        at,  # [5] int32: the row and tile to be fetched next; tiles started,
+        #   tiles taken, units scored
+        live_ref,  # [B + 1] int32: the first row from here on that has a cache
+    ) = refs
+    heads, head_dim, dtype = tiles.heads, query_ref.shape[-2], query_ref.dtype
+    batch = length_ref.shape[0]
+    group, row = pl.program_id(0), pl.program_id(1)
+    length = length_ref[row]
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    to_exponent = head_dim**-0.5 * math.log2(math.e)  # exp(scale * s) = exp2(to_exponent * s)
+
+    # --- copies -----------------------------------------------------------------------------
+    def each_copy(of_row, tile_index, slot, act, whole=False):
+        """Calls ``act`` on the copies of a tile, those alone that hold valid positions.
+
+        ``whole``: it is known that all do.
+        """
+        start = tile_index * tiles.tile
+
+        def both(hbm_pair, buffers, semaphores, hbm_at, buffer_at):
+            for i, (hbm, buffer) in enumerate(zip(hbm_pair, buffers, strict=True)):
+                act(
+                    pltpu.make_async_copy(
+                        hbm.at[hbm_at], buffer.at[buffer_at], semaphores.at[i, slot]
+                    )
+                )
+
+        def piece(offset, size):
+            from_ = pl.ds(pl.multiple_of(start + offset, GRANULE), size)
+            to = pl.ds(pl.multiple_of(offset, GRANULE), size)
+            both(
+                (cache_key_hbm, cache_value_hbm),
+                (key_buffer, value_buffer),
+                sems,
+                (layer_ref[0], of_row, pl.ds(group * heads, heads), from_),
+                (slot, slice(None), to),
+            )
+
+        def scale_piece(offset, size):
+            both(
+                (key_scale_hbm, value_scale_hbm),
+                (key_scale_buffer, value_scale_buffer),
+                scale_sems,
+                (
+                    layer_ref[1],
+                    of_row,
+                    slice(None),
+                    pl.ds(pl.multiple_of(start + offset, LANES), size),
+                ),
+                (slot, slice(None), pl.ds(pl.multiple_of(offset, LANES), size)),
+            )
+
+        def pieces(granule, room, size, copy):
+            if whole:
+                return copy(0, size)
+            left = (length_ref[of_row] - start + granule - 1) & -granule
+            if size <= room:
+                pl.when(left >= size)(lambda: copy(0, size))
+
+            @pl.when(left < size)
+            def _():
+                for bit in piece_sizes(size, granule):
+                    pl.when((left & bit) != 0)(functools.partial(copy, left & -2 * bit, bit))
+
+        pieces(GRANULE, capacity, tiles.tile, piece)
+        if quantized:
+            lanes = round_up(tiles.tile, LANES)
+            pieces(LANES, key_scale_hbm.shape[-1], lanes, scale_piece)
+
+    def fetch_next():
+        """Starts the copies of the next tile, of this row or a later one."""
+        of_row = at[_ROW]
+
+        @pl.when(of_row < batch)
+        def _():
+            tile_index = at[_TILE]
+            each_copy(of_row, tile_index, at[_STARTED] & (tiles.depth - 1), lambda c: c.start())
+            at[_STARTED] += 1
+            last = (tile_index + 1) * tiles.tile >= length_ref[of_row]
+            at[_TILE] = jnp.where(last, 0, tile_index + 1)
+
+            @pl.when(last)
+            def _():
+                at[_ROW] = live_ref[of_row + 1]
+
+    def take(tile_index, whole):
+        """Waits for this row's next tile and returns its slot; two tiles before are free now."""
+        slot = at[_TAKEN] & (tiles.depth - 1)
+        with jax.named_scope("wait"):
+            each_copy(row, tile_index, slot, lambda c: c.wait(), whole)
+        at[_TAKEN] += 1
+        fetch_next()
+        return slot
+
+    # --- arithmetic -------------------------------------------------------------------------
+    def dot(left, right, contracted):
+        return jax.lax.dot_general(
+            left.astype(dtype),
+            right.astype(dtype),
+            (((contracted,), (0,)), ((), ())),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+
+    def grow(head, columns, raw):
+        """Raises the running maximum; returns it and how much the sums so far shrink."""
+        before = largest_ref[head, :, columns]
+        after = jnp.maximum(before, raw.max(0, keepdims=True) * to_exponent)  # [1, R]
+        largest_ref[head, :, columns] = after
+        return after, jnp.exp2(before - after)
+
+    def absorb(head, columns, keys, values, seen, key_scale=None, value_scale=None):
+        """Adds keys of which some are not seen; ``seen(shape)`` says which."""
+        raw = dot(keys, query_ref[0, head, :, columns], 1)  # [W, R]
+        if key_scale is not None:
+            raw = raw * key_scale
+        raw = jnp.where(seen(raw.shape), raw, -jnp.inf)
+        largest, shrink = grow(head, columns, _fold(raw, jnp.maximum))
+        odds = jnp.exp2(raw * to_exponent - largest)
+        total_ref[head, :, columns] = total_ref[head, :, columns] * shrink + _fold(odds, jnp.add)
+        if value_scale is not None:
+            odds = odds * value_scale
+        mixed = dot(values, odds, 0)  # [H, R]
+        mixed_ref[head, :, columns] = mixed_ref[head, :, columns] * shrink + mixed
+
+    def each_chunk(do):
+        """``do(first, columns)`` for every chunk of the packed queries."""
+        if tiles.columns == tiles.chunk:
+            do(0, pl.ds(0, tiles.chunk))
+        else:
+
+            @pl.loop(0, tiles.columns // tiles.chunk)
+            def _(i):
+                first = pl.multiple_of(i * tiles.chunk, tiles.chunk)
+                do(first, pl.ds(first, tiles.chunk))
+
+    def scale_of(buffer, slot, head, keys):  # [W, R], columns equal
+        of_all = buffer[slot, :, keys]  # [K, W]
+        mine = jax.lax.broadcasted_iota(jnp.int32, of_all.shape, 0) == group * heads + head
+        along_lanes = jnp.where(mine, of_all, 0.0).sum(0, keepdims=True)
+        return jnp.broadcast_to(along_lanes, (tiles.chunk, along_lanes.shape[1])).T
+
+    # --- a row ------------------------------------------------------------------------------
+    @pl.when(row == 0)
+    def _():
+        live_ref[batch] = batch
+
+        @pl.loop(0, batch)
+        def _(i):
+            r = batch - 1 - i
+            live_ref[r] = jnp.where(length_ref[r] > 0, r, live_ref[r + 1])
+
+        at[_ROW] = live_ref[0]
+        at[_TILE] = at[_STARTED] = at[_TAKEN] = at[_SCORED] = 0
+
+        @pl.loop(0, tiles.depth - 2)
+        def _(_):
+            fetch_next()
+
+    def add_fresh(first, columns):
+        seen_fresh, causal = fresh_ref[row], causal_ref[row] == 1
+        width = min(LANES, tiles.fresh)
+
+        def seen(shape, start):
+            key_at = start + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+            visible = key_at < seen_fresh
+            if block_columns is None:
+                return visible
+            query_at = first + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+            # The block of a query: a division that floats do exactly, for its .5 is far from whole.
+            block = ((query_at.astype(jnp.float32) + 0.5) / block_columns[1]).astype(jnp.int32)
+            return visible & (~causal | (key_at < (block + 1) * block_columns[0]))
+
+        for head in range(heads):
+            largest_ref[head, :, columns] = jnp.full((1, tiles.chunk), _FLOOR, jnp.float32)
+            total_ref[head, :, columns] = jnp.zeros((SUBLANES, tiles.chunk), jnp.float32)
+            mixed_ref[head, :, columns] = jnp.zeros((head_dim, tiles.chunk), jnp.float32)
+            for start in range(0, tiles.fresh, width):
+                keys = slice(start, min(start + width, tiles.fresh))
+                absorb(
+                    head,
+                    columns,
+                    key_ref[0, head, keys],
+                    value_ref[0, head, keys],
+                    functools.partial(seen, start=start),
+                )
+
+    with jax.named_scope("fresh"):
+        each_chunk(add_fresh)
+
+    # Full tiles: all positions are valid. The work is a row of units, each some keys of one kv head
+    # and a chunk of queries; a unit is scored while the one before is weighed.
+    unit = tiles.unit
+    parts, chunks = tiles.tile // unit, tiles.columns // tiles.chunk
+
+    def place_of(chunk, part):
+        """The queries and the first key of a unit."""
+        columns = pl.ds(pl.multiple_of(chunk * tiles.chunk, tiles.chunk), tiles.chunk)
+        return columns, pl.multiple_of(part * unit, unit)
+
+    def score(slot, chunk, head, part, place):
+        """A unit's scores, into ``score_scratch[place]``; a generator that yields after a piece."""
+        columns, first_key = place_of(chunk, part)
+        together = dot(
+            key_buffer[slot, head, pl.ds(first_key, unit)], query_ref[0, head, :, columns], 1
+        )
+        largest = jnp.full((SUBLANES, tiles.chunk), -jnp.inf, jnp.float32)
+        for start in range(0, unit, LANES):
+            raw = together[start : start + LANES]
+            if quantized:
+                keys = pl.ds(first_key + start, LANES)
+                raw = raw * scale_of(key_scale_buffer, slot, head, keys)
+            score_scratch[place, start : start + LANES] = raw
+            largest = jnp.maximum(largest, _fold(raw, jnp.maximum))
+            yield
+        raw_largest_scratch[place] = largest
+
+    def weigh(slot, chunk, head, part, place):
+        """Adds a unit that is scored; a generator that yields after a piece."""
+        columns, first_key = place_of(chunk, part)
+        largest, shrink = grow(head, columns, raw_largest_scratch[place])
+        total = total_ref[head, :, columns] * shrink
+        mixed = None
+        for start in range(0, unit, LANES):
+            keys = pl.ds(first_key + start, LANES)
+            raw = score_scratch[place, start : start + LANES]
+            odds = jnp.exp2(raw * to_exponent - largest)
+            total = total + _fold(odds, jnp.add)
+            if quantized:
+                odds = odds * scale_of(value_scale_buffer, slot, head, keys)
+            new = dot(value_buffer[slot, head, keys], odds, 0)
+            mixed = new if mixed is None else mixed + new
+            yield
+        total_ref[head, :, columns] = total
+        mixed_ref[head, :, columns] = mixed_ref[head, :, columns] * shrink + mixed
+
+    def add_full_tiles(full):
+        @pl.when(full > 0)
+        def _():
+            for _ in score(take(0, whole=True), 0, 0, 0, at[_SCORED] & 1):
+                pass
+
+        @pl.loop(0, full)
+        def _(tile_index):
+            slot = (at[_TAKEN] - 1) & (tiles.depth - 1)
+            more = tile_index + 1 < full
+
+            @pl.when(more)
+            def _():
+                take(tile_index + 1, whole=True)
+
+            # After the last unit of the last tile a dead one is scored.
+            next_slot = jnp.where(more, (slot + 1) & (tiles.depth - 1), slot)
+
+            @pl.loop(0, chunks)
+            def _(chunk):
+                @pl.loop(0, heads)
+                def _(head):
+                    @pl.loop(0, parts)
+                    def _(part):
+                        place = at[_SCORED] & 1
+                        at[_SCORED] += 1
+                        # What comes next: digits of a number, counted up by one.
+                        last = part + 1 == parts
+                        next_part, next_head = (
+                            jnp.where(last, 0, part + 1),
+                            jnp.where(last, head + 1, head),
+                        )
+                        last = next_head == heads
+                        next_head, next_chunk = (
+                            jnp.where(last, 0, next_head),
+                            jnp.where(last, chunk + 1, chunk),
+                        )
+                        last = next_chunk == chunks
+                        then = jnp.where(last, next_slot, slot), jnp.where(last, 0, next_chunk)
+                        # The compiler keeps close to the order in which this is written.
+                        now = weigh(slot, chunk, head, part, place)
+                        ahead = score(*then, next_head, next_part, 1 - place)
+                        for _ in itertools.zip_longest(now, ahead):
+                            pass
+
+    full = jnp.int32(0)
+    if LANES <= tiles.tile <= capacity:
+        full = length >> (tiles.tile.bit_length() - 1)
+        with jax.named_scope("cached"):
+            add_full_tiles(full)
+
+    left = length - full * tiles.tile
+
+    @pl.when(left > 0)
+    def _():
+        slot = take(full, whole=False)
+        width = tiles.rest
+
+        def add_rest(first, columns):
+            @pl.loop(0, pl.cdiv(left, width))
+            def _(i):
+                start = pl.multiple_of(i * width, width)
+                keys = pl.ds(start, width)
+
+                def valid(shape):
+                    return start + jax.lax.broadcasted_iota(jnp.int32, shape, 0) < left
+
+                @pl.loop(0, heads)
+                def _(head):
+                    # What lies beyond may be anything, and 0 * NaN is NaN.
+                    values = value_buffer[slot, head, keys].astype(jnp.float32)
+                    values = jnp.where(valid(values.shape), values, 0.0)
+                    scales = ()
+                    if quantized:
+                        key_scale, value_scale = (
+                            scale_of(buffer, slot, head, keys)
+                            for buffer in (key_scale_buffer, value_scale_buffer)
+                        )
+                        value_scale = jnp.where(valid(value_scale.shape), value_scale, 0.0)
+                        scales = key_scale, value_scale
+                    absorb(head, columns, key_buffer[slot, head, keys], values, valid, *scales)
+
+        with jax.named_scope("rest"):
+            each_chunk(add_rest)
+
+    def finish(first, columns):
+        for head in range(heads):
+            total = total_ref[head, :, columns].sum(0, keepdims=True)
+            share = 1.0 / jnp.where(total == 0, 1.0, total)  # nothing seen: zeros
+            mixed = mixed_ref[head, :, columns]
+            out_ref[0, head, :, columns] = (mixed * share).astype(out_ref.dtype)
+
+    each_chunk(finish)
+
+
+def _pad(array: Array, axis: int, multiple: int) -> Array:
+    """Zeros at the end of an axis, up to a multiple."""
+    extra = -array.shape[axis] % multiple
+    if not extra:
+        return array
+    return jnp.pad(array, [(0, extra if i == axis else 0) for i in range(array.ndim)])
+
+
+def decode_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B K T H"],
+    value: Float[Array, "B K T H"],
+    cache_keys: Array,
+    cache_values: Array,
+    cache_length: Int[Array, " B"],
+    layer: Int[Array, ""] | int,
+    fresh_length: Int[Array, " B"],
+    causal: Bool[Array, " B"] | None,
+    cache_scales: tuple[Array, Array] | None,
+    *,
+    block_length: int | None = None,
+    cores: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """The kernel; arguments as ``block_decode_attention``.
+
+    Args:
+      cores: tensor cores of a device; by default those of the platform in use.
+    """
+    batch, length, query_heads, head_dim = query.shape
+    kv_heads, capacity = cache_keys.shape[2:4]
+    groups = query_heads // kv_heads
+    dtype = query.dtype
+    if capacity % GRANULE:  # never in the decoder: copies the cache
+        cache_keys, cache_values = (_pad(c, 3, GRANULE) for c in (cache_keys, cache_values))
+        capacity = cache_keys.shape[3]
+    tiles = tiling(
+        (batch, length, query_heads, head_dim),
+        kv_heads,
+        capacity,
+        dtype.itemsize,
+        cache_keys.dtype.itemsize,
+        cores_here() if cores is None else cores,
+    )
+    packed = query.reshape(batch, length, kv_heads, groups, head_dim).transpose(0, 2, 4, 1, 3)
+    packed = _pad(packed.reshape(batch, kv_heads, head_dim, length * groups), 3, tiles.chunk)
+    key, value = (_pad(a.astype(dtype), 2, tiles.fresh) for a in (key, value))
+    layer = jnp.asarray(layer, jnp.int32)
+    layers, scales = jnp.stack([layer, layer]), cache_scales or ()
+    if scales and scales[0].shape[-1] % LANES:  # a few per cent of a layer's cache
+        scales = tuple(_pad(jax.lax.dynamic_slice_in_dim(s, layer, 1), 3, LANES) for s in scales)
+        layers = layers.at[1].set(0)
+
+    def block(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, tiles.heads, *shape), lambda g, b, *_: (b, g, 0, 0))
+
+    queries, fresh = block(head_dim, tiles.columns), block(tiles.fresh, head_dim)
+
+    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    lanes = max(LANES, tiles.tile)
+    dma = pltpu.SemaphoreType.DMA((2, tiles.depth))
+    scratch: list[Any] = [
+        pltpu.VMEM((tiles.depth, tiles.heads, tiles.tile, head_dim), cache_keys.dtype),
+        pltpu.VMEM((tiles.depth, tiles.heads, tiles.tile, head_dim), cache_values.dtype),
+        pltpu.VMEM((2, tiles.unit, tiles.chunk), jnp.float32),
+        pltpu.VMEM((2, SUBLANES, tiles.chunk), jnp.float32),
+        pltpu.VMEM((tiles.heads, 1, tiles.columns), jnp.float32),
+        pltpu.VMEM((tiles.heads, SUBLANES, tiles.columns), jnp.float32),
+        pltpu.VMEM((tiles.heads, head_dim, tiles.columns), jnp.float32),
+        dma,
+        pltpu.SMEM((5,), jnp.int32),
+        pltpu.SMEM((batch + 1,), jnp.int32),
+    ]
+    if scales:
+        scratch += [pltpu.VMEM((tiles.depth, kv_heads, lanes), jnp.float32)] * 2 + [dma]
+    seen_keys = capacity + length
+    out = pl.pallas_call(
+        functools.partial(
+            _kernel,
+            tiles=tiles,
+            capacity=capacity,
+            block_columns=None if block_length is None else (block_length, block_length * groups),
+            quantized=bool(scales),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(kv_heads // tiles.heads, batch),
+            in_specs=[queries, fresh, fresh] + [hbm] * (2 + len(scales)),
+            out_specs=queries,
+            scratch_shapes=scratch,
+        ),
+        out_shape=jax.ShapeDtypeStruct(packed.shape, dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=min(60 << 20, tiles.vmem + (12 << 20)),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * batch * length * query_heads * head_dim * seen_keys,
+            transcendentals=batch * length * query_heads * seen_keys,
+            bytes_accessed=2 * batch * kv_heads * capacity * head_dim * cache_keys.dtype.itemsize
+            + 2 * query.size * dtype.itemsize,
+        ),
+        name="block_decode_attention",
+    )(
+        layers,
+        cache_length.astype(jnp.int32),
+        fresh_length.astype(jnp.int32),
+        (jnp.zeros(batch, bool) if causal is None else causal).astype(jnp.int32),
+        packed,
+        key,
+        value,
+        cache_keys,
+        cache_values,
+        *scales,
+    )
+    out = out[..., : length * groups].reshape(batch, kv_heads, head_dim, length, groups)
+    return out.transpose(0, 3, 1, 4, 2).reshape(query.shape)

@@ -1,0 +1,220 @@
+"""The four kernels on the report's work: programs, trip counts, bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.chips import CHIPS
+from pallas_kernels.report.stock import Program
+from pallas_kernels.report.work import CACHE, ROWS, TRAINING_LENGTH, Model, routing
+from pallas_kernels.schedule import MXU, Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A kernel on one piece of work, for one chip.
+
+    Attributes:
+      pallas_name: how its schedule's name begins.
+      program: what to compile.
+      trips: of each loop of its schedule, each time the loop around it runs once.
+      hbm_bytes: moved.
+      least_bytes: what must be moved.
+      tiles: visited and ideal, of an attention mask.
+    """
+
+    pallas_name: str
+    program: Program
+    trips: Callable[[Schedule], list[float]]
+    hbm_bytes: int
+    least_bytes: int
+    tiles: tuple[int, float] | None = None
+
+
+def loop_trips(
+    schedule: Schedule, steps: int | float, dynamic: Callable[[int, Schedule], float] | None = None
+) -> list[float]:
+    """Trip counts from the schedule, where it tells them, and from the work.
+
+    Inner loops without products that the program runs a fixed number of times clear or write out
+    something: they stand under ``pl.when`` and run in the first or last step alone.
+
+    Args:
+      schedule: of a kernel.
+      steps: of the grid, on one core.
+      dynamic: the mean trips of the loop of that index, whose bound is data.
+    """
+    trips = []
+    for i, loop in enumerate(schedule.loops):
+        if loop.depth == 1:
+            trips.append(float(steps))
+        elif loop.trips is None:
+            if dynamic is None:
+                raise ValueError(f"{schedule.name}: loop {i} is dynamic, which was not expected")
+            trips.append(float(dynamic(i, schedule)))
+        elif loop.depth == 2 and not loop.usage.used[MXU]:
+            trips.append(loop.trips / steps)
+        else:
+            trips.append(float(loop.trips))
+    return trips
+
+
+def _shape(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def confidence_head(model: Model, chip: str) -> Subject:
+    """256 positions against the whole vocabulary."""
+    from pallas_kernels.confidence_head import api, least_bytes, traffic
+
+    tokens = ROWS * model.block
+
+    def head(hidden, weight):
+        return api.confidence_head(hidden, weight, implementation="pallas")
+
+    def trips(schedule: Schedule) -> list[float]:
+        assert schedule.grid is not None
+        steps = float(np.prod(schedule.grid))
+        found = loop_trips(schedule, steps)
+        for i, loop in enumerate(schedule.loops):  # mending marked chunks: the last one alone
+            if loop.depth > 2 and not loop.usage.used[MXU]:
+                found[i] /= steps
+        return found
+
+    size = tokens, model.dim, model.vocabulary
+    return Subject(
+        "confidence_head",
+        (head, (_shape(tokens, model.dim), _shape(model.dim, model.vocabulary))),
+        trips,
+        traffic(*size),
+        least_bytes(*size),
+    )
+
+
+def expert_mlp(model: Model, chip: str) -> Subject:
+    """The experts of 256 tokens, routed at random."""
+    from pallas_kernels.expert_mlp import api, least_bytes, traffic, tuning
+
+    tokens, cores = ROWS * model.block, CHIPS[chip].cores
+    wide = _shape(1, model.experts, model.dim, model.ffn)
+    down = _shape(1, model.experts, model.ffn, model.dim)
+    gate: Any = wide  # shapes are enough
+    chosen = tuning.choose(tokens, model.dim, model.experts_per_token, gate, jnp.bfloat16, cores)
+    assert chosen is not None
+    experts = routing(model, tokens)
+    sizes = np.bincount(experts.reshape(-1), minlength=model.experts)
+    sizes = sizes[sizes > 0]
+    row_tiles = -(-sizes // chosen.rows)
+    tiles = int(row_tiles.sum())
+
+    def mlp(x, gate, up, down, experts, gates):
+        layer = jnp.int32(0)
+        return api.expert_mlp(
+            x, gate, up, down, experts, gates, layer=layer, implementation="pallas"
+        )
+
+    def dynamic(i: int, schedule: Schedule) -> float:
+        loop = schedule.loops[i]
+        if loop.usage.used[MXU]:
+            return tiles / len(sizes)  # tiles of rows of a touched expert
+        before = any(x.usage.used[MXU] and x.parent == loop.parent for x in schedule.loops[:i])
+        if before:  # summing into the tokens, a row at a time
+            return sizes.sum() / tiles
+        groups = [-(-min(chosen.rows, n - r) // 8) for n in sizes for r in range(0, n, chosen.rows)]
+        return sum(groups) / tiles  # gathering, eight rows at a time
+
+    steps = -(-len(sizes) // cores) * (model.ffn // chosen.columns)
+    return Subject(
+        "expert_mlp",
+        (
+            mlp,
+            (
+                *(_shape(tokens, model.dim), wide, wide, down),
+                _shape(*experts.shape, dtype=jnp.int32),
+                _shape(*experts.shape, dtype=jnp.float32),
+            ),
+        ),
+        lambda schedule: loop_trips(schedule, steps, dynamic),
+        traffic(experts, model.dim, model.ffn, model.experts, cores=cores),
+        least_bytes(experts, model.dim, model.ffn, model.experts),
+    )
+
+
+def block_decode_attention(model: Model, chip: str, lengths: np.ndarray) -> Subject:
+    """A block a row over caches of ``lengths``."""
+    from pallas_kernels.block_decode_attention import api, least_bytes, traffic, tuning
+
+    rows, cores = len(lengths), CHIPS[chip].cores
+    query = rows, model.block, model.heads, model.head_dim
+    tiling = tuning.tiling(query, model.kv_heads, CACHE, 2, 2, cores)
+
+    def attention(query, key, value, keys, values, length):
+        return api.block_decode_attention(
+            query, key, value, keys, values, length, 0, implementation="pallas"
+        )
+
+    def trips(schedule: Schedule) -> list[float]:
+        steps = rows * model.kv_heads // tiling.heads // cores
+        full = float(np.mean(lengths // tiling.tile))  # whole tiles of a row
+        rest = float(np.mean(-(-(lengths % tiling.tile) // min(tiling.tile, 128))))
+        bound_by_data = [
+            i for i, loop in enumerate(schedule.loops) if loop.trips is None and loop.depth > 1
+        ]
+
+        def dynamic(i: int, schedule: Schedule) -> float:
+            return full if i == bound_by_data[0] else rest
+
+        return loop_trips(schedule, steps, dynamic)
+
+    fresh = _shape(rows, model.kv_heads, model.block, model.head_dim)
+    cache = _shape(2, rows, model.kv_heads, CACHE, model.head_dim)
+    valid = [int(n) for n in lengths]
+    return Subject(
+        "block_decode_attention",
+        (attention, (_shape(*query), fresh, fresh, cache, cache, _shape(rows, dtype=jnp.int32))),
+        trips,
+        traffic(query, model.kv_heads, CACHE, valid, cores=cores),
+        least_bytes(query, model.kv_heads, valid),
+    )
+
+
+def block_diffusion_attention(model: Model, chip: str) -> Subject:
+    """One row of [x_t ; x_0], forward."""
+    from pallas_kernels.block_diffusion_attention import api, geometry, mask, tuning
+
+    length = TRAINING_LENGTH
+    of = geometry.Geometry("joint", length, model.block)
+    tiles = tuning.tiles_for(of, chip)
+    visited, ideal = geometry.tile_counts(of, *tiles.forward)
+
+    def attention(query, key, value, place, document):
+        seen = mask.BlockDiffusionMask(place, document, "joint", model.block)
+        return api.block_diffusion_attention(
+            query, key, value, seen, implementation="pallas", tiles=tiles
+        )
+
+    def trips(schedule: Schedule) -> list[float]:
+        # Steps that no tile is live in skip its arithmetic: not counted.
+        return loop_trips(schedule, visited * model.heads / CHIPS[chip].cores)
+
+    query = _shape(1, 2 * length, model.heads, model.head_dim)
+    key = _shape(1, model.kv_heads, 2 * length, model.head_dim)
+    place = _shape(1, length, dtype=jnp.int32)
+    k_tile = tiles.forward[1]
+    once = 2 * 2 * (2 * length * model.heads) * model.head_dim  # queries in, results out
+    per_tile = 2 * 2 * k_tile * model.head_dim
+    whole_keys = 2 * 2 * 2 * length * model.kv_heads * model.head_dim
+    return Subject(
+        "splash_mha_fwd",
+        (attention, (query, key, key, place, place)),
+        trips,
+        once + visited * model.heads * per_tile,
+        once + whole_keys,
+        (visited, ideal),
+    )

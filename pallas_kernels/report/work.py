@@ -1,0 +1,57 @@
+"""The work on which kernels and stock alternatives are compared: mini's and flash's shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The sizes of a model that its kernels see.
+
+    Attributes:
+      name: of the model.
+      dim: D.
+      heads, kv_heads, head_dim: N, K, H.
+      experts, experts_per_token, ffn: E, k, F.
+      vocabulary: V.
+      block: C, tokens decoded together in a row.
+    """
+
+    name: str
+    dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    experts: int
+    experts_per_token: int
+    ffn: int
+    vocabulary: int
+    block: int
+
+
+MODELS = {
+    "mini": Model("mini", 2048, 16, 4, 128, 256, 8, 512, 157184, 32),
+    "flash": Model("flash", 4096, 32, 4, 128, 256, 8, 1024, 157184, 32),
+}
+
+ROWS = 8  # decoded together: 256 tokens
+CACHE = 4096  # positions a row that the cache has room for
+TRAINING_LENGTH = 4096
+
+
+def ragged_lengths(rows: int = ROWS, capacity: int = CACHE) -> Int[np.ndarray, " B"]:
+    """Cache lengths of a batch: from an eighth of the room to all of it, multiples of the block."""
+    return np.linspace(capacity // 8, capacity, rows).astype(np.int32) // 32 * 32
+
+
+def routing(model: Model, tokens: int, seed: int = 0) -> Int[np.ndarray, "M k"]:
+    """Experts of each token: k different ones, all equally likely, independent of other tokens.
+
+    A trained router's choices are neither uniform nor independent: it touches fewer experts.
+    """
+    order = np.random.default_rng(seed).random((tokens, model.experts)).argsort(-1)
+    return order[:, : model.experts_per_token].astype(np.int32)

@@ -1,0 +1,66 @@
+"""The expert kernel compiles for the four generations, within VMEM (needs the extra ``aot``)."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import aot
+from pallas_kernels.chips import CHIPS
+from pallas_kernels.expert_mlp import tuning
+from pallas_kernels.expert_mlp.kernel import expert_mlp_pallas
+from pallas_kernels.expert_mlp.routing import sort_pairs
+from pallas_kernels.quantized import quantize
+
+pytestmark = pytest.mark.aot
+
+SHAPES = {  # layers, E, D, F, k
+    "mini": (1, 256, 2048, 512, 8),
+    "flash": (1, 64, 4096, 1024, 8),  # fewer experts: 16 GB hold no more
+    "nano": (3, 8, 192, 64, 2),
+}
+
+
+def compile_kernel(chip, shape, tokens, scheme, dtype=jnp.bfloat16):
+    layers, experts, dim, ffn, k = SHAPES[shape]
+    cores = CHIPS[chip].cores
+
+    def stack(*matrix):
+        weight = jax.ShapeDtypeStruct((layers, experts, *matrix), dtype)
+        return jax.eval_shape(lambda w: quantize(w, scheme), weight) if scheme else weight
+
+    gate, down = stack(dim, ffn), stack(ffn, dim)
+    tiles = tuning.choose(tokens, dim, k, gate, dtype, cores)
+    assert tiles is not None
+
+    def run(x, gate, up, down, ids, gates, layer):
+        touched = sort_pairs(ids, gates, experts, tiles.rows)
+        return expert_mlp_pallas(x, gate, up, down, touched, layer, tiles, dtype, cores)
+
+    return aot.compile_for(
+        chip,
+        run,
+        jax.ShapeDtypeStruct((tokens, dim), dtype),
+        gate,
+        gate,
+        down,
+        jax.ShapeDtypeStruct((tokens, k), jnp.int32),
+        jax.ShapeDtypeStruct((tokens, k), jnp.float32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("scheme", [None, "int8", "fp8", "int4"])
+@pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [("mini", 32), ("mini", 256), ("mini", 1024), ("flash", 32), ("flash", 1024), ("nano", 32)],
+)
+def test_compiles(chip, scheme, shape, tokens):
+    compiled = compile_kernel(chip, shape, tokens, scheme)
+    # No copy of the weights: they are read where they lie.
+    assert compiled.memory_analysis().temp_size_in_bytes < 80 * 2**20
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_float32_compiles(chip):
+    compile_kernel(chip, "nano", 32, None, jnp.float32)
