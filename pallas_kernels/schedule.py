@@ -279,10 +279,8 @@ def collect(dump: str | Path, name: str | None = None) -> list[Schedule]:
     schedules = []
     for path in sorted(files, key=lambda path: int((re.match(r"\d+", path.name) or [0])[0])):
         match = _FILE.match(path.name)
-        if not match:
-            continue
-        full = match["name"]
-        if full.startswith("<late") if name is None else name not in (full, _bare(full)):
+        full = match["name"] if match else ""
+        if not match or (full[:5] == "<late" if name is None else name not in (full, _bare(full))):
             continue
         start, end = f"{match['time']}-{full}-", "-final_hlo-static-per-bundle-utilization.txt"
         for beside in files:
@@ -392,9 +390,8 @@ def main(arguments: Sequence[str]) -> int:
     """The command line: ``FOLDER [name]``."""
     if len(arguments) == 2 and arguments[0] == "--measure":
         _measure_here(arguments[1])
-        return 0
-    for schedule in collect(*arguments[:2]) if arguments else ():
-        print(describe(schedule))
+    else:
+        print("\n".join(map(describe, collect(*arguments[:2]))) if arguments else __doc__)
     return 0
 
 

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Reads turns until the input ends."""
     params = sampling_params(args)
-    llm = open_model(args.model, args.dtype, args.revision, args.quantization)
+    llm = open_model(args.model, args.dtype, args.revision, args.quantization, args.kv_cache)
     chat = Chat(llm, params, args.system)
     interactive = sys.stdin.isatty()
     if interactive:

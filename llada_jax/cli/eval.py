@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
             args.model,
             dtype=args.dtype,
             quantization=args.quantization,
+            kv_cache=args.kv_cache,
             revision=args.revision,
             max_batch_size=args.batch_size,
         )

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.trace is not None and not args.trace.absolute().parent.is_dir():
         raise UsageError(f"--trace {args.trace}: its folder does not exist; create it first")
     prompts = _prompts(args)
-    llm = open_model(args.model, args.dtype, args.revision, args.quantization)
+    llm = open_model(args.model, args.dtype, args.revision, args.quantization, args.kv_cache)
     generations = _sample(llm, prompts, params, args)
     if args.trace is not None:
         write_traces(args.trace, generations, _token_texts(llm, generations))

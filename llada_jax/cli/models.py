@@ -14,7 +14,7 @@ DTYPES = ("auto", "bfloat16", "float32")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--model``, ``--revision``, ``--dtype`` and ``--quantization``."""
+    """Adds ``--model``, ``--revision``, ``--dtype``, ``--quantization`` and ``--kv-cache``."""
     parser.add_argument(
         "--model",
         metavar="M",
@@ -24,6 +24,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     add_dtype_argument(parser)
     add_quantization_argument(parser)
+    parser.add_argument("--kv-cache", choices=("int8",), help="cached keys and values in 8 bits")
 
 
 def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +51,7 @@ def open_model(
     dtype: str = "auto",
     revision: str | None = None,
     quantization: str | None = None,
+    kv_cache: str | None = None,
 ) -> LLM:
     """Loads a model; says so on a terminal.
 
@@ -57,7 +59,9 @@ def open_model(
       CheckpointError, TokenizerError, ChatError: if it cannot be used.
     """
     with Console(stderr=True).status(f"loading {model or BUILTIN_MODELS[0]}"):
-        return LLM(model, dtype=dtype, quantization=quantization, revision=revision)
+        return LLM(
+            model, dtype=dtype, quantization=quantization, revision=revision, kv_cache=kv_cache
+        )
 
 
 def on_terminal() -> bool:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from pallas_kernels.block_decode_attention.kernel import decode_attention
+from pallas_kernels.block_decode_attention.call import decode_attention
+from pallas_kernels.block_decode_attention.tuning import cores_here, tiling
 from pallas_kernels.block_decode_attention.xla import decode_attention_xla
 from pallas_kernels.dispatch import Implementation, mesh_axes, run
 
@@ -53,7 +54,8 @@ def block_decode_attention(
         ``i``'s; none by default.
       block_length: tokens a block; needed with ``causal``.
       cache_scales: of an int8 cache: one float32 a position and kv head, for keys and for values.
-      implementation: see ``dispatch.run``.
+      implementation: see ``dispatch.run``. By default XLA also where the fresh tokens are too many
+        for the kernel's memory (thousands).
 
     Returns:
       The mixed values in ``query``'s dtype; scores and softmax are float32. Zeros for a query that
@@ -61,7 +63,8 @@ def block_decode_attention(
 
     Raises:
       ValueError: for an int8 cache without scales, for ``causal`` without ``block_length``, for
-        query heads that the kv heads do not divide.
+        query heads that the kv heads do not divide; with ``implementation="pallas"`` for too many
+        fresh tokens.
     """
     heads, kv_heads = query.shape[2], key.shape[1]
     if heads % kv_heads:
@@ -87,8 +90,11 @@ def block_decode_attention(
     )
 
     def local(*operands):
+        chosen = implementation
+        if chosen is None and not _fits(*operands[:4]):
+            chosen = "xla"
         return run(
-            implementation,
+            chosen,
             functools.partial(_pallas, block_length=block_length),
             functools.partial(decode_attention_xla, block_length=block_length),
             *operands,
@@ -122,6 +128,17 @@ def block_decode_attention(
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)(
             *operands
         )
+
+
+def _fits(query, key, value, cache_keys) -> bool:
+    batch, length, heads, head_dim = query.shape
+    kv_heads, capacity = cache_keys.shape[2:4]
+    sizes = query.dtype.itemsize, cache_keys.dtype.itemsize
+    try:
+        tiling((batch, length, heads, head_dim), kv_heads, capacity, *sizes, cores_here())
+    except ValueError:
+        return False
+    return True
 
 
 def _pallas(

@@ -16,25 +16,23 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array
 
 from pallas_kernels.block_decode_attention.tuning import (
     GRANULE,
     LANES,
     SUBLANES,
     Tiling,
-    cores_here,
     piece_sizes,
     round_up,
-    tiling,
 )
 
+_TOGETHER = 256  # keys that one product scores
 _FLOOR = -1e30  # below every score: the maximum of nothing, and finite
 _ROW, _TILE, _STARTED, _TAKEN, _SCORED = range(5)  # the places of ``at``
 
@@ -47,7 +45,7 @@ def _fold(rows: Array, combine: Callable[[Array, Array], Array]) -> Array:
     return functools.reduce(combine, [rows[i : i + SUBLANES] for i in range(0, width, SUBLANES)])
 
 
-def _kernel(
+def kernel(
     layer_ref,  # [2] int32: the layer of the cache, and that of its scales
     length_ref,  # [B] int32: valid cached positions
     fresh_ref,  # [B] int32: fresh keys seen
@@ -63,6 +61,14 @@ def _kernel(
     block_columns: tuple[int, int] | None,
     quantized: bool,
 ):
+    """The body for one row and one group of kv heads; see the module's text.
+
+    Args:
+      tiles: the sizes.
+      capacity: S.
+      block_columns: tokens and packed queries of a block; ``None`` where no row is causal.
+      quantized: the cache is int8; then its scales and their buffers are among ``refs``.
+    """
     if quantized:
         key_scale_hbm, value_scale_hbm, *refs = refs  # [layers, B, K, lanes] float32
         *refs, key_scale_buffer, value_scale_buffer, scale_sems = (
@@ -251,7 +257,7 @@ def _kernel(
             block = ((query_at.astype(jnp.float32) + 0.5) / block_columns[1]).astype(jnp.int32)
             return visible & (~causal | (key_at < (block + 1) * block_columns[0]))
 
-        for head in range(heads):
+        def of_head(head):
             largest_ref[head, :, columns] = jnp.full((1, tiles.chunk), _FLOOR, jnp.float32)
             total_ref[head, :, columns] = jnp.zeros((SUBLANES, tiles.chunk), jnp.float32)
             mixed_ref[head, :, columns] = jnp.zeros((head_dim, tiles.chunk), jnp.float32)
@@ -264,6 +270,12 @@ def _kernel(
                     value_ref[0, head, keys],
                     functools.partial(seen, start=start),
                 )
+
+        if tiles.fresh <= width:
+            for head in range(heads):  # side by side
+                of_head(head)
+        else:
+            pl.loop(0, heads)(of_head)
 
     with jax.named_scope("fresh"):
         each_chunk(add_fresh)
@@ -281,12 +293,13 @@ def _kernel(
     def score(slot, chunk, head, part, place):
         """A unit's scores, into ``score_scratch[place]``; a generator that yields after a piece."""
         columns, first_key = place_of(chunk, part)
-        together = dot(
-            key_buffer[slot, head, pl.ds(first_key, unit)], query_ref[0, head, :, columns], 1
-        )
+        query = query_ref[0, head, :, columns]
+        step, together = min(unit, _TOGETHER), None
         largest = jnp.full((SUBLANES, tiles.chunk), -jnp.inf, jnp.float32)
         for start in range(0, unit, LANES):
-            raw = together[start : start + LANES]
+            if together is None or start % step == 0:
+                together = dot(key_buffer[slot, head, pl.ds(first_key + start, step)], query, 1)
+            raw = together[start % step : start % step + LANES]
             if quantized:
                 keys = pl.ds(first_key + start, LANES)
                 raw = raw * scale_of(key_scale_buffer, slot, head, keys)
@@ -407,121 +420,3 @@ def _kernel(
             out_ref[0, head, :, columns] = (mixed * share).astype(out_ref.dtype)
 
     each_chunk(finish)
-
-
-def _pad(array: Array, axis: int, multiple: int) -> Array:
-    """Zeros at the end of an axis, up to a multiple."""
-    extra = -array.shape[axis] % multiple
-    if not extra:
-        return array
-    return jnp.pad(array, [(0, extra if i == axis else 0) for i in range(array.ndim)])
-
-
-def decode_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B K T H"],
-    value: Float[Array, "B K T H"],
-    cache_keys: Array,
-    cache_values: Array,
-    cache_length: Int[Array, " B"],
-    layer: Int[Array, ""] | int,
-    fresh_length: Int[Array, " B"],
-    causal: Bool[Array, " B"] | None,
-    cache_scales: tuple[Array, Array] | None,
-    *,
-    block_length: int | None = None,
-    cores: int | None = None,
-) -> Float[Array, "B T N H"]:
-    """The kernel; arguments as ``block_decode_attention``.
-
-    Args:
-      cores: tensor cores of a device; by default those of the platform in use.
-    """
-    batch, length, query_heads, head_dim = query.shape
-    kv_heads, capacity = cache_keys.shape[2:4]
-    groups = query_heads // kv_heads
-    dtype = query.dtype
-    if capacity % GRANULE:  # never in the decoder: copies the cache
-        cache_keys, cache_values = (_pad(c, 3, GRANULE) for c in (cache_keys, cache_values))
-        capacity = cache_keys.shape[3]
-    tiles = tiling(
-        (batch, length, query_heads, head_dim),
-        kv_heads,
-        capacity,
-        dtype.itemsize,
-        cache_keys.dtype.itemsize,
-        cores_here() if cores is None else cores,
-    )
-    packed = query.reshape(batch, length, kv_heads, groups, head_dim).transpose(0, 2, 4, 1, 3)
-    packed = _pad(packed.reshape(batch, kv_heads, head_dim, length * groups), 3, tiles.chunk)
-    key, value = (_pad(a.astype(dtype), 2, tiles.fresh) for a in (key, value))
-    layer = jnp.asarray(layer, jnp.int32)
-    layers, scales = jnp.stack([layer, layer]), cache_scales or ()
-    if scales and scales[0].shape[-1] % LANES:  # a few per cent of a layer's cache
-        scales = tuple(_pad(jax.lax.dynamic_slice_in_dim(s, layer, 1), 3, LANES) for s in scales)
-        layers = layers.at[1].set(0)
-
-    def block(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, tiles.heads, *shape), lambda g, b, *_: (b, g, 0, 0))
-
-    queries, fresh = block(head_dim, tiles.columns), block(tiles.fresh, head_dim)
-
-    hbm = pl.BlockSpec(memory_space=pl.ANY)
-    lanes = max(LANES, tiles.tile)
-    dma = pltpu.SemaphoreType.DMA((2, tiles.depth))
-    scratch: list[Any] = [
-        pltpu.VMEM((tiles.depth, tiles.heads, tiles.tile, head_dim), cache_keys.dtype),
-        pltpu.VMEM((tiles.depth, tiles.heads, tiles.tile, head_dim), cache_values.dtype),
-        pltpu.VMEM((2, tiles.unit, tiles.chunk), jnp.float32),
-        pltpu.VMEM((2, SUBLANES, tiles.chunk), jnp.float32),
-        pltpu.VMEM((tiles.heads, 1, tiles.columns), jnp.float32),
-        pltpu.VMEM((tiles.heads, SUBLANES, tiles.columns), jnp.float32),
-        pltpu.VMEM((tiles.heads, head_dim, tiles.columns), jnp.float32),
-        dma,
-        pltpu.SMEM((5,), jnp.int32),
-        pltpu.SMEM((batch + 1,), jnp.int32),
-    ]
-    if scales:
-        scratch += [pltpu.VMEM((tiles.depth, kv_heads, lanes), jnp.float32)] * 2 + [dma]
-    seen_keys = capacity + length
-    out = pl.pallas_call(
-        functools.partial(
-            _kernel,
-            tiles=tiles,
-            capacity=capacity,
-            block_columns=None if block_length is None else (block_length, block_length * groups),
-            quantized=bool(scales),
-        ),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(kv_heads // tiles.heads, batch),
-            in_specs=[queries, fresh, fresh] + [hbm] * (2 + len(scales)),
-            out_specs=queries,
-            scratch_shapes=scratch,
-        ),
-        out_shape=jax.ShapeDtypeStruct(packed.shape, dtype),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=min(60 << 20, tiles.vmem + (12 << 20)),
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=4 * batch * length * query_heads * head_dim * seen_keys,
-            transcendentals=batch * length * query_heads * seen_keys,
-            bytes_accessed=2 * batch * kv_heads * capacity * head_dim * cache_keys.dtype.itemsize
-            + 2 * query.size * dtype.itemsize,
-        ),
-        name="block_decode_attention",
-    )(
-        layers,
-        cache_length.astype(jnp.int32),
-        fresh_length.astype(jnp.int32),
-        (jnp.zeros(batch, bool) if causal is None else causal).astype(jnp.int32),
-        packed,
-        key,
-        value,
-        cache_keys,
-        cache_values,
-        *scales,
-    )
-    out = out[..., : length * groups].reshape(batch, kv_heads, head_dim, length, groups)
-    return out.transpose(0, 3, 1, 4, 2).reshape(query.shape)

@@ -103,6 +103,7 @@ def _local(x, gate, up, down, experts, gates, layer, implementation, out_dtype) 
         implementation = "xla"
 
     def pallas(x, gate, up, down, experts, gates, layer):
+        assert tiles is not None
         with jax.named_scope("dispatch"):
             touched = sort_pairs(experts, gates, gate.shape[1], tiles.rows)
         with jax.named_scope("experts"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -95,4 +96,4 @@ def _shapes(dim: int, ffn: int, num_experts: int, scheme: str | None, dtype: Any
     ]
     if scheme is None:
         return shapes
-    return [jax.eval_shape(lambda w: quantize(w, scheme), s) for s in shapes]
+    return [jax.eval_shape(functools.partial(quantize, scheme=scheme), s) for s in shapes]

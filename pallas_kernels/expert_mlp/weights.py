@@ -17,7 +17,6 @@ from pallas_kernels.quantized import BLOCK, GROUP, Matrix, QuantizedMatrix
 # bfloat16 has 7 bits after the leading one: 0x4300 | n is 128 + n for n < 128.
 FP8_SHIFT = 60  # rows are multiplied by 2**60, so that products with 2**-120 do not vanish
 _FP8_UNDO = 60
-_DEEP = 512  # rows of a weight in one trip of the loop over them
 _MAGIC, _OFFSET = 0x43004300, 136  # a nibble has 8 added to it
 
 
@@ -108,19 +107,21 @@ def product(
         return part * weight[1][0, 0, pl.ds(g, 1), columns]
 
     contracted = values.shape[2] * held
-    piece = min(contracted, GROUP if scheme in ("fp8", "int4") else _DEEP)
+    # Rows of the weight in one trip of the loop: more would not fit in registers.
+    trip = 1024 if rows.shape[0] < 64 else 512
+    piece = min(contracted, GROUP if scheme in ("fp8", "int4") else trip)
 
     def several(first, count):
         return sum(group(first + j * (piece // GROUP), piece) for j in range(count))
 
-    whole = contracted // _DEEP
+    whole = contracted // trip
     total = jnp.zeros((rows.shape[0], size), jnp.float32)
     # Not unrolled as a whole: the scheduler would run out of registers.
     if whole > 1:
         total = jax.lax.fori_loop(
-            0, whole, lambda i, t: t + several(i * (_DEEP // GROUP), _DEEP // piece), total
+            0, whole, lambda i, t: t + several(i * (trip // GROUP), trip // piece), total
         )
-    done = whole * _DEEP if whole > 1 else 0
+    done = whole * trip if whole > 1 else 0
     while done < contracted:
         deep = min(piece, contracted - done)
         total += group(done // GROUP, deep)

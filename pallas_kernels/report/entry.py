@@ -104,6 +104,6 @@ class Entry:
     def from_dict(cls, values: Mapping[str, Any]) -> Entry:
         """The inverse of ``as_dict``."""
         names = {field.name for field in dataclasses.fields(cls)}
-        kept = {name: value for name, value in values.items() if name in names}
-        loops = tuple((int(bundles), float(trips)) for bundles, trips in kept["loops"])
-        return cls(**kept | {"loops": loops})
+        kept: dict[str, Any] = {k: v for k, v in values.items() if k in names}
+        kept["loops"] = tuple((int(bundles), float(trips)) for bundles, trips in kept["loops"])
+        return cls(**kept)

@@ -73,7 +73,7 @@ def test_nano_step_compiles_sharded(topology):
 @pytest.mark.parametrize("topology", ["v5e:8x8", "v5p:2x2x4", "v6e:4x8", "tpu7x:2x2x4"])
 def test_mini_step_compiles_sharded(topology):
     """LLaDA2.1-mini, rows of 4096 tokens, one a device."""
-    devices = len(topologies.get_topology_desc("tpu", topology).devices)
+    devices = len(topologies.get_topology_desc(topology, "tpu").devices)
     train = TrainSection("unused", max_steps=100, global_batch_size=devices, remat="full")
     compiled = compile_step(
         ModelConfig.from_name("mini"),

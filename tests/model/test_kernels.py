@@ -17,7 +17,7 @@ BLOCK = 4
 def forward(kernels, params, cache_dtype=jnp.float32):
     """A prefill of two blocks and one step on the third: hidden states, best tokens."""
     model = LLaDA2(CONFIG, kernels=kernels)
-    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 3 * BLOCK), np.int32)
+    tokens = jax.random.randint(jax.random.key(1), (2, 3 * BLOCK), 0, CONFIG.vocab_size)
 
     def run(params):
         cache = init_cache(CONFIG, 2, 32, cache_dtype)
