@@ -96,8 +96,8 @@ def _decode(dump: str, chip: str, model: Model) -> Iterator[Entry]:
         dump, chip, "splash, full mask", stock.splash_over_the_cache(model, ROWS, CACHE)
     )
     figures["stock_cycles"] = 0
-    full = np.full(ROWS, CACHE - model.block, np.int32)
-    for title, lengths in (("full", full), ("1/8 to full", ragged_lengths() - model.block)):
+    full = np.array([CACHE - model.block], np.int32)
+    for title, lengths in (("full", full), ("1/8 to full", ragged_lengths(block=model.block))):
         subject = ours.block_decode_attention(model, chip, lengths)
         shape = f"{model.name} {ROWS} rows, cache {CACHE} {title}"
         yield Entry("block_decode_attention", chip, shape, **_ours(dump, chip, subject), **figures)

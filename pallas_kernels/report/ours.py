@@ -147,10 +147,10 @@ def expert_mlp(model: Model, chip: str) -> Subject:
 
 
 def block_decode_attention(model: Model, chip: str, lengths: np.ndarray) -> Subject:
-    """A block a row over caches of ``lengths``."""
+    """A block a row over caches of ``lengths``, which stand for those of the batch in the mean."""
     from pallas_kernels.block_decode_attention import api, least_bytes, traffic, tuning
 
-    rows, cores = len(lengths), CHIPS[chip].cores
+    rows, cores = ROWS, CHIPS[chip].cores
     query = rows, model.block, model.heads, model.head_dim
     tiling = tuning.tiling(query, model.kv_heads, CACHE, 2, 2, cores)
 
@@ -175,12 +175,13 @@ def block_decode_attention(model: Model, chip: str, lengths: np.ndarray) -> Subj
     fresh = _shape(rows, model.kv_heads, model.block, model.head_dim)
     cache = _shape(2, rows, model.kv_heads, CACHE, model.head_dim)
     valid = [int(n) for n in lengths]
+    every = (len(valid), *query[1:])
     return Subject(
         "block_decode_attention",
         (attention, (_shape(*query), fresh, fresh, cache, cache, _shape(rows, dtype=jnp.int32))),
         trips,
-        traffic(query, model.kv_heads, CACHE, valid, cores=cores),
-        least_bytes(query, model.kv_heads, valid),
+        traffic(every, model.kv_heads, CACHE, valid, cores=cores) * rows // len(valid),
+        least_bytes(every, model.kv_heads, valid) * rows // len(valid),
     )
 
 

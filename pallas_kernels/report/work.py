@@ -43,9 +43,13 @@ CACHE = 4096  # positions a row that the cache has room for
 TRAINING_LENGTH = 4096
 
 
-def ragged_lengths(rows: int = ROWS, capacity: int = CACHE) -> Int[np.ndarray, " B"]:
-    """Cache lengths of a batch: from an eighth of the room to all of it, multiples of the block."""
-    return np.linspace(capacity // 8, capacity, rows).astype(np.int32) // 32 * 32
+def ragged_lengths(capacity: int = CACHE, block: int = 32) -> Int[np.ndarray, " lengths"]:
+    """All cache lengths of whole blocks from an eighth of the room on, with room for one more.
+
+    Figures are means over them: a sample of a few rows would say more about the sample, since what
+    a row costs depends on how its length divides into tiles.
+    """
+    return np.arange(capacity // 8, capacity, block, dtype=np.int32)
 
 
 def routing(model: Model, tokens: int, seed: int = 0) -> Int[np.ndarray, "M k"]:
