@@ -33,7 +33,7 @@ test: venv  ## the tests that need no accelerator
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not aot and not gpu and not tpu"
 
 test-aot: venv $(VENV)/.aot  ## compile for four TPU generations with the real TPU compiler
-	$(BIN)/python -m pytest -m aot
+	$(BIN)/python -m pytest -n $(WORKERS) -m aot
 
 lint: venv $(VENV)/.lint  ## ruff, pyright, and the floors of the house
 	$(BIN)/ruff format --check .

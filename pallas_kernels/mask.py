@@ -146,6 +146,8 @@ class WindowMask:
         if self.length is not None:
             seen &= place < self.length[:, None, None]
         if self.causal is not None:
+            if self.block_length is None:
+                raise ValueError("a causal WindowMask needs block_length")
             earlier = block_causal(place[:, None], place, self.block_length)
             seen = seen & (earlier | ~self.causal[:, None, None])
         return seen

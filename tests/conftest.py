@@ -3,10 +3,11 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile far more than they compute: no LLVM optimisation, a third of the compile time.
+# Tests compile far more than they compute: no LLVM optimisation and the old fusion emitters take a
+# fraction of the compile time.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    + os.environ.get("XLA_FLAGS", "")
+    "--xla_cpu_use_fusion_emitters=false " + os.environ.get("XLA_FLAGS", "")
 )
 os.environ["LLADA_JAX_COMPILATION_CACHE"] = "off"
 

@@ -129,8 +129,18 @@ class LLaDA2(nn.Module):
 
         Returns:
           Hidden states, and the fresh tokens' keys and values.
+
+        Raises:
+          ValueError: for a cache with another mask, or without ``cache_length``.
         """
         config = self.config
+        window, seen = (mask, None) if isinstance(mask, WindowMask) else (None, mask)
+        if cache is not None and (seen is not None or cache_length is None):
+            raise ValueError(
+                "with a cache the mask must be a WindowMask or None, and cache_length be given"
+            )
+        if cache is None and window is not None:
+            seen = window.dense(tokens.shape[1])
         weights = {name: group() for name, group in self._groups.items()}
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -140,15 +150,15 @@ class LLaDA2(nn.Module):
             with jax.named_scope("attention"):
                 normed = rms_norm(x, w["attention_norm"]["scale"], config.rms_norm_eps)
                 query, key, value = project_qkv(normed, w["attention"], cos, sin, config)
-                if cache is not None:
+                if cache is not None and cache_length is not None:
                     fresh = (query, key, value)
-                    mixed = attend_cached(*fresh, cache, cache_length, index, mask, self.kernels)
+                    mixed = attend_cached(*fresh, cache, cache_length, index, window, self.kernels)
                 elif before is not None:
                     seen_key = jnp.concatenate([before.keys, key], axis=2)
                     seen_value = jnp.concatenate([before.values, value], axis=2)
-                    mixed = attend(query, seen_key, seen_value, mask, self.kernels)
+                    mixed = attend(query, seen_key, seen_value, seen, self.kernels)
                 else:
-                    mixed = attend(query, key, value, mask, self.kernels)
+                    mixed = attend(query, key, value, seen, self.kernels)
                 x = x + project_out(mixed, w["attention"]["out"])
             with jax.named_scope("feed_forward"):
                 normed = rms_norm(x, w["mlp_norm"]["scale"], config.rms_norm_eps)

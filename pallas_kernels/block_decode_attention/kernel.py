@@ -32,7 +32,9 @@ from pallas_kernels.block_decode_attention.tuning import (
     round_up,
 )
 
-_TOGETHER = 256  # keys that one product scores
+_GRANULE_BITS = GRANULE.bit_length() - 1
+import os
+_TOGETHER = int(os.environ.get('TO',256))  # keys that one product scores
 _FLOOR = -1e30  # below every score: the maximum of nothing, and finite
 _ROW, _TILE, _STARTED, _TAKEN, _SCORED = range(5)  # the places of ``at``
 
@@ -96,11 +98,8 @@ def kernel(
     to_exponent = head_dim**-0.5 * math.log2(math.e)  # exp(scale * s) = exp2(to_exponent * s)
 
     # --- copies -----------------------------------------------------------------------------
-    def each_copy(of_row, tile_index, slot, act, whole=False):
-        """Calls ``act`` on the copies of a tile, those alone that hold valid positions.
-
-        ``whole``: it is known that all do.
-        """
+    def each_copy(of_row, tile_index, slot, act):
+        """Calls ``act`` on the copies of a tile, those alone that hold valid positions."""
         start = tile_index * tiles.tile
 
         def both(hbm_pair, buffers, semaphores, hbm_at, buffer_at):
@@ -137,8 +136,6 @@ def kernel(
             )
 
         def pieces(granule, room, size, copy):
-            if whole:
-                return copy(0, size)
             left = (length_ref[of_row] - start + granule - 1) & -granule
             if size <= room:
                 pl.when(left >= size)(lambda: copy(0, size))
@@ -169,13 +166,35 @@ def kernel(
             def _():
                 at[_ROW] = live_ref[of_row + 1]
 
-    def take(tile_index, whole):
+    def clear(slot, left):
+        """Zeros for the values beyond a row's length: they may be anything, and 0 * NaN is NaN."""
+        if quantized:  # any int8 is finite
+
+            @pl.when(left < tiles.tile)
+            def _():
+                scales = value_scale_buffer[slot]
+                at_lane = jax.lax.broadcasted_iota(jnp.int32, scales.shape, 1)
+                value_scale_buffer[slot] = jnp.where(at_lane < left, scales, 0.0)
+
+            return
+        left = jnp.minimum(left, tiles.tile)
+
+        @pl.loop(left >> _GRANULE_BITS, ((left + tiles.unit - 1) & -tiles.unit) >> _GRANULE_BITS)
+        def _(i):
+            rows = pl.ds(pl.multiple_of(i * GRANULE, GRANULE), GRANULE)
+            for head in range(heads):
+                values = value_buffer[slot, head, rows].astype(jnp.float32)
+                valid = i * GRANULE + jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) < left
+                value_buffer[slot, head, rows] = jnp.where(valid, values, 0.0).astype(dtype)
+
+    def take(tile_index):
         """Waits for this row's next tile and returns its slot; two tiles before are free now."""
         slot = at[_TAKEN] & (tiles.depth - 1)
         with jax.named_scope("wait"):
-            each_copy(row, tile_index, slot, lambda c: c.wait(), whole)
+            each_copy(row, tile_index, slot, lambda c: c.wait())
         at[_TAKEN] += 1
         fetch_next()
+        clear(slot, length - tile_index * tiles.tile)
         return slot
 
     # --- arithmetic -------------------------------------------------------------------------
@@ -195,17 +214,13 @@ def kernel(
         largest_ref[head, :, columns] = after
         return after, jnp.exp2(before - after)
 
-    def absorb(head, columns, keys, values, seen, key_scale=None, value_scale=None):
+    def absorb(head, columns, keys, values, seen):
         """Adds keys of which some are not seen; ``seen(shape)`` says which."""
         raw = dot(keys, query_ref[0, head, :, columns], 1)  # [W, R]
-        if key_scale is not None:
-            raw = raw * key_scale
         raw = jnp.where(seen(raw.shape), raw, -jnp.inf)
         largest, shrink = grow(head, columns, _fold(raw, jnp.maximum))
         odds = jnp.exp2(raw * to_exponent - largest)
         total_ref[head, :, columns] = total_ref[head, :, columns] * shrink + _fold(odds, jnp.add)
-        if value_scale is not None:
-            odds = odds * value_scale
         mixed = dot(values, odds, 0)  # [H, R]
         mixed_ref[head, :, columns] = mixed_ref[head, :, columns] * shrink + mixed
 
@@ -280,31 +295,36 @@ def kernel(
     with jax.named_scope("fresh"):
         each_chunk(add_fresh)
 
-    # Full tiles: all positions are valid. The work is a row of units, each some keys of one kv head
-    # and a chunk of queries; a unit is scored while the one before is weighed.
-    unit = tiles.unit
-    parts, chunks = tiles.tile // unit, tiles.columns // tiles.chunk
+    # The cached prefix is a row of units, each some keys of one kv head and a chunk of queries; the
+    # heads are counted fastest. A unit is scored while the one before is weighed.
+    unit, together = tiles.unit, tiles.together
+    chunks = tiles.columns // tiles.chunk
+    count = (length + tiles.tile - 1) >> (tiles.tile.bit_length() - 1)
 
     def place_of(chunk, part):
         """The queries and the first key of a unit."""
         columns = pl.ds(pl.multiple_of(chunk * tiles.chunk, tiles.chunk), tiles.chunk)
         return columns, pl.multiple_of(part * unit, unit)
 
-    def score(slot, chunk, head, part, place):
+    def score(slot, chunk, head, part, left, place):
         """A unit's scores, into ``score_scratch[place]``; a generator that yields after a piece."""
         columns, first_key = place_of(chunk, part)
         query = query_ref[0, head, :, columns]
-        step, together = min(unit, _TOGETHER), None
+        step, raws = min(unit, _TOGETHER), None
         largest = jnp.full((SUBLANES, tiles.chunk), -jnp.inf, jnp.float32)
+        key_at = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, tiles.chunk), 0)
         for start in range(0, unit, LANES):
-            if together is None or start % step == 0:
-                together = dot(key_buffer[slot, head, pl.ds(first_key + start, step)], query, 1)
-            raw = together[start % step : start % step + LANES]
+            if raws is None or start % step == 0:
+                raws = dot(key_buffer[slot, head, pl.ds(first_key + start, step)], query, 1)
+            raw = raws[start % step : start % step + LANES]
             if quantized:
                 keys = pl.ds(first_key + start, LANES)
                 raw = raw * scale_of(key_scale_buffer, slot, head, keys)
-            score_scratch[place, start : start + LANES] = raw
-            largest = jnp.maximum(largest, _fold(raw, jnp.maximum))
+            for at_row in range(0, LANES, SUBLANES):  # register by register: fewer are in use
+                seen = key_at < left - first_key - start - at_row
+                some = jnp.where(seen, raw[at_row : at_row + SUBLANES], -jnp.inf)
+                score_scratch[place, start + at_row : start + at_row + SUBLANES] = some
+                largest = jnp.maximum(largest, some)
             yield
         raw_largest_scratch[place] = largest
 
@@ -313,7 +333,7 @@ def kernel(
         columns, first_key = place_of(chunk, part)
         largest, shrink = grow(head, columns, raw_largest_scratch[place])
         total = total_ref[head, :, columns] * shrink
-        mixed = None
+        mixed, held = None, []
         for start in range(0, unit, LANES):
             keys = pl.ds(first_key + start, LANES)
             raw = score_scratch[place, start : start + LANES]
@@ -321,96 +341,84 @@ def kernel(
             total = total + _fold(odds, jnp.add)
             if quantized:
                 odds = odds * scale_of(value_scale_buffer, slot, head, keys)
-            new = dot(value_buffer[slot, head, keys], odds, 0)
-            mixed = new if mixed is None else mixed + new
+            W = int(os.environ.get('WS',128))
+            held.append(odds.astype(dtype))
+            if len(held) * LANES == W:
+                keys = pl.ds(first_key + start + LANES - W, W)
+                new = dot(value_buffer[slot, head, keys], jnp.concatenate(held), 0)
+                if os.environ.get('ACC'):
+                    old = mixed_ref[head, :, columns]
+                    mixed_ref[head, :, columns] = (old * shrink if mixed is None else old) + new
+                    mixed = 0
+                else:
+                    mixed = new if mixed is None else mixed + new
+                held = []
             yield
         total_ref[head, :, columns] = total
-        mixed_ref[head, :, columns] = mixed_ref[head, :, columns] * shrink + mixed
+        if not os.environ.get('ACC'):
+            mixed_ref[head, :, columns] = mixed_ref[head, :, columns] * shrink + mixed
 
-    def add_full_tiles(full):
-        @pl.when(full > 0)
+    def add_tiles():
+        @pl.when(count > 0)
         def _():
-            for _ in score(take(0, whole=True), 0, 0, 0, at[_SCORED] & 1):
+            for _ in score(take(0), 0, 0, 0, length, at[_SCORED] & 1):
                 pass
 
-        @pl.loop(0, full)
+        @pl.loop(0, count)
         def _(tile_index):
             slot = (at[_TAKEN] - 1) & (tiles.depth - 1)
-            more = tile_index + 1 < full
+            left = length - tile_index * tiles.tile
+            parts = (jnp.minimum(left, tiles.tile) + unit - 1) >> (unit.bit_length() - 1)
+            more = tile_index + 1 < count
 
             @pl.when(more)
             def _():
-                take(tile_index + 1, whole=True)
+                take(tile_index + 1)
 
             # After the last unit of the last tile a dead one is scored.
             next_slot = jnp.where(more, (slot + 1) & (tiles.depth - 1), slot)
+            next_left = jnp.where(more, left - tiles.tile, left)
 
             @pl.loop(0, chunks)
             def _(chunk):
-                @pl.loop(0, heads)
-                def _(head):
-                    @pl.loop(0, parts)
-                    def _(part):
-                        place = at[_SCORED] & 1
-                        at[_SCORED] += 1
-                        # What comes next: digits of a number, counted up by one.
-                        last = part + 1 == parts
-                        next_part, next_head = (
-                            jnp.where(last, 0, part + 1),
-                            jnp.where(last, head + 1, head),
-                        )
-                        last = next_head == heads
-                        next_head, next_chunk = (
-                            jnp.where(last, 0, next_head),
-                            jnp.where(last, chunk + 1, chunk),
-                        )
-                        last = next_chunk == chunks
-                        then = jnp.where(last, next_slot, slot), jnp.where(last, 0, next_chunk)
-                        # The compiler keeps close to the order in which this is written.
-                        now = weigh(slot, chunk, head, part, place)
-                        ahead = score(*then, next_head, next_part, 1 - place)
-                        for _ in itertools.zip_longest(now, ahead):
-                            pass
+                @pl.loop(0, parts)
+                def _(part):
+                    # What follows this part: digits of a number, counted up by one.
+                    last = part + 1 == parts
+                    next_part = jnp.where(last, 0, part + 1)
+                    next_chunk = jnp.where(last, chunk + 1, chunk)
+                    last = next_chunk == chunks
+                    then = (
+                        jnp.where(last, next_slot, slot),
+                        jnp.where(last, 0, next_chunk),
+                        0,
+                        next_part,
+                        jnp.where(last, next_left, left),
+                    )
 
-    full = jnp.int32(0)
-    if LANES <= tiles.tile <= capacity:
-        full = length >> (tiles.tile.bit_length() - 1)
-        with jax.named_scope("cached"):
-            add_full_tiles(full)
+                    @pl.loop(0, heads // together)
+                    def _(group_of_heads):
+                        for i in range(together):
+                            head = group_of_heads * together + i
+                            if together % 2 or os.environ.get('DYN'):
+                                place = at[_SCORED] & 1
+                                at[_SCORED] += 1
+                            else:
+                                place = i % 2
+                            same = slot, chunk, head + 1, part, left
+                            over = head + 1 == heads
+                            if i + 1 < together:
+                                after = same
+                            else:
+                                after = [jnp.where(over, x, y) for x, y in zip(then, same)]
+                            # The compiler keeps close to the order in which this is written.
+                            now = weigh(slot, chunk, head, part, place)
+                            ahead = score(*after, 1 - place)
+                            for _ in (itertools.zip_longest(ahead, now) if os.environ.get("SW") else itertools.chain(ahead, now) if os.environ.get("SQ") else itertools.zip_longest(now, ahead)):
+                                pass
 
-    left = length - full * tiles.tile
-
-    @pl.when(left > 0)
-    def _():
-        slot = take(full, whole=False)
-        width = tiles.rest
-
-        def add_rest(first, columns):
-            @pl.loop(0, pl.cdiv(left, width))
-            def _(i):
-                start = pl.multiple_of(i * width, width)
-                keys = pl.ds(start, width)
-
-                def valid(shape):
-                    return start + jax.lax.broadcasted_iota(jnp.int32, shape, 0) < left
-
-                @pl.loop(0, heads)
-                def _(head):
-                    # What lies beyond may be anything, and 0 * NaN is NaN.
-                    values = value_buffer[slot, head, keys].astype(jnp.float32)
-                    values = jnp.where(valid(values.shape), values, 0.0)
-                    scales = ()
-                    if quantized:
-                        key_scale, value_scale = (
-                            scale_of(buffer, slot, head, keys)
-                            for buffer in (key_scale_buffer, value_scale_buffer)
-                        )
-                        value_scale = jnp.where(valid(value_scale.shape), value_scale, 0.0)
-                        scales = key_scale, value_scale
-                    absorb(head, columns, key_buffer[slot, head, keys], values, valid, *scales)
-
-        with jax.named_scope("rest"):
-            each_chunk(add_rest)
+    with jax.named_scope("cached"):
+        add_tiles()
 
     def finish(first, columns):
         for head in range(heads):

@@ -11,7 +11,7 @@ from pallas_kernels.chips import chip_of
 LANES, SUBLANES = 128, 8  # of a float32 register
 GRANULE = 32  # cached positions that a copy is rounded up to: the rows of an int8 tile
 _TILE = 1024  # cached positions of a full tile
-_UNIT = 512  # positions scored and weighed at a time: more do not fit into the registers
+_UNIT = int(__import__('os').environ.get('UN',512))  # positions scored and weighed at a time: more do not fit into the registers
 _DEPTH = 4  # tiles in flight; a power of two
 _BUDGET = 48 << 20  # VMEM bytes, of 64 MiB on the smallest chips
 
@@ -21,9 +21,9 @@ class Tiling:
     """Sizes of the kernel.
 
     Attributes:
-      tile: cached positions read at a time, a power of two and at least 32.
+      tile: cached positions read at a time, a power of two and at least 128.
       unit: cached positions scored and weighed at a time, divides ``tile``.
-      rest: cached positions of a row's last tile that are added at a time, divides ``tile``.
+      together: kv heads of a turn of the inner loop, divides ``heads``.
       depth: tiles in flight, a power of two.
       chunk: packed queries multiplied at a time.
       columns: packed queries, rounded up to whole chunks.
@@ -34,7 +34,7 @@ class Tiling:
 
     tile: int
     unit: int
-    rest: int
+    together: int
     depth: int
     chunk: int
     columns: int
@@ -104,7 +104,7 @@ def tiling(
     columns = round_up(length * (query_heads // kv_heads), LANES)
     fresh = round_up(length, 4 * SUBLANES // itemsize)
     tile = _TILE
-    while tile // 2 >= max(capacity, GRANULE):
+    while tile // 2 >= max(capacity, LANES):
         tile //= 2
     # float32 products and the scales of an int8 cache take registers of their own.
     unit = min(tile, _UNIT if itemsize == cache_itemsize == 2 else _UNIT // 2)
@@ -115,7 +115,7 @@ def tiling(
             continue
         blocks = 2 * heads * width * itemsize * 2 * (columns + fresh)  # two buffers each
         buffers = 2 * _DEPTH * heads * tile * width * cache_itemsize
-        scales = 2 * _DEPTH * max(8, kv_heads) * max(tile, LANES) * 4
+        scales = 2 * _DEPTH * max(8, kv_heads) * tile * 4
         scratch = 2 * LANES * unit * 4
         state = heads * columns * (2 * SUBLANES + width) * 4
         vmem = blocks + buffers + scales + scratch + state
@@ -123,7 +123,7 @@ def tiling(
             return Tiling(
                 tile,
                 unit,
-                max(unit // 2, min(tile, LANES)),
+                __import__('os').environ.get('TG') and int(__import__('os').environ['TG']) or 2 if heads % 2 == 0 else 1,
                 _DEPTH,
                 LANES,
                 columns,

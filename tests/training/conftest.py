@@ -1,8 +1,4 @@
 import math
-import os
-
-# Compiles three times as fast. (Read when the first computation starts, after collection.)
-os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import pytest
