@@ -48,7 +48,7 @@ from llada_jax.text import (
     find_stop,
     load_tokenizer,
 )
-from pallas_kernels import Implementation
+from pallas_kernels import Implementation, check_implementation
 
 BUILTIN_MODELS = ("nano", "counting")
 _RECORD_STEPS = 64  # forwards recorded between two visits of the host
@@ -107,6 +107,7 @@ class LLM:
         if max_batch_size < 1 or max_batch_size & (max_batch_size - 1):
             raise ValueError(f"max_batch_size = {max_batch_size} must be a power of two")
         check_quantization(quantization)
+        check_implementation(kernels)
         if kv_cache not in (None, "int8"):
             raise ValueError(f"kv_cache = {kv_cache!r} is neither 'int8' nor None (that of dtype)")
         enable_compilation_cache()
@@ -133,6 +134,8 @@ class LLM:
         except ChatError as error:
             self.chat_template, self._no_chat = None, error
         self.max_batch_size = max_batch_size
+        if kernels is None and not _on_tpu(self.params):
+            kernels = "xla"  # the same, without tracing the kernels
         self.denoiser = ModelDenoiser(
             LLaDA2(self.config, dtype=dtype, kernels=kernels),
             mesh,
@@ -438,6 +441,10 @@ def _eos_token_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
     more = read_mapping(file).get("eos_token_id") if file.is_file() else None
     more = [] if more is None else more if isinstance(more, list) else [more]
     return tuple(dict.fromkeys([*config.eos_token_ids, *more]))
+
+
+def _on_tpu(params: Any) -> bool:
+    return any(d.platform == "tpu" for d in jax.tree.leaves(params)[0].devices())
 
 
 def _activation_dtype(dtype: Any, folder: Path) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -47,9 +49,33 @@ CHIPS = {
 }
 
 
+_SPELLINGS = {"TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v6e": "v6e", "TPU7": "tpu7x"}
+
+
 def chip_of(device_kind: str) -> Chip | None:
     """The generation that jax calls ``device_kind``; ``None`` if it is not one of ours."""
+    if device_kind in _SPELLINGS:
+        return CHIPS[_SPELLINGS[device_kind]]
     for chip in CHIPS.values():
         if chip.device_kind == device_kind:
             return chip
     return None
+
+
+def chip_here() -> Chip | None:
+    """The chip that is being compiled for: that of the mesh in force, else of jax's devices.
+
+    ``None`` where that is no TPU of ours.
+    """
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return chip_of(abstract.device_kind)
+    if jax.default_backend() != "tpu":
+        return None
+    return chip_of(jax.devices()[0].device_kind)
+
+
+def cores_here() -> int:
+    """Tensor cores of a device of ``chip_here``; 1 without one."""
+    chip = chip_here()
+    return chip.cores if chip is not None else 1

@@ -11,6 +11,17 @@ from jax.sharding import AbstractMesh
 Implementation = Literal["pallas", "xla"]
 
 
+def check_implementation(name: str | None) -> None:
+    """Raises if this names no implementation.
+
+    Raises:
+      ValueError: naming those there are.
+    """
+    if name is not None and name not in get_args(Implementation):
+        names = ", ".join(get_args(Implementation))
+        raise ValueError(f"kernels or implementation = {name!r} is none of {names}, None")
+
+
 def run(
     implementation: Implementation | None,
     pallas: Callable[..., Any],
@@ -28,11 +39,9 @@ def run(
     Raises:
       ValueError: for another name.
     """
+    check_implementation(implementation)
     if implementation is None:
         return jax.lax.platform_dependent(*operands, tpu=pallas, default=xla)
-    if implementation not in get_args(Implementation):
-        names = ", ".join(get_args(Implementation))
-        raise ValueError(f"implementation = {implementation!r} is none of {names}, None")
     return (pallas if implementation == "pallas" else xla)(*operands)
 
 

@@ -1,7 +1,8 @@
 """The least time of one decoding forward on a TPU: bytes over bandwidth, FLOPs over peak.
 
-Arithmetic on shapes and on the chips' public figures; nothing is run. With the kernels' report the
-bundles that the compiler scheduled for our kernels stand beside it, turned into time by the clock.
+Arithmetic on shapes and on the chips' public figures; nothing is run. With the kernels' calls
+(``docs/kernels.json``) the bundles that the compiler scheduled for them stand beside it, turned
+into time by the clock: dequantising costs bundles, and can take longer than the bytes it saves.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ SCHEMES = ("bfloat16", "int8", "fp8", "int4")
 REPORTED_TPF = {"mini": {"speed": 5.34, "quality": 3.12}, "flash": {"speed": 5.93, "quality": 3.64}}
 
 _USABLE = 0.9  # of the memory: the rest is the runtime's and the program's own arrays
-_COMPILED_BATCH = 8  # the rows that the kernels' report compiles for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,24 +119,45 @@ def bench_roofline(
       batches, schemes, chips: what to combine.
       cache_length: cached positions a row.
       block: tokens of a block.
-      kernels: entries of ``python -m pallas_kernels.report --json``.
+      kernels: of ``python -m pallas_kernels.report --json --rows ... --weights ...``.
 
     Returns:
       ``arithmetic``: bytes, FLOPs, ``bound`` (what takes longer), the upper limit of forwards a
       second and, at the reported tokens a forward, of tokens a second over the whole batch, and
-      whether weights and cache fit 90 % of the device's memory. ``compiler`` is ``None``, or, for
-      8 rows in bfloat16 with ``kernels``: seconds that one core needs to issue the bundles of our
-      kernels in all layers, and the time of their bytes; the rest of the model is not in it.
+      whether weights and cache fit 90 % of the device's memory. ``compiler``: what the schedules
+      of our kernels make of it (``kernel_limits``); ``None`` where they are not in ``kernels``.
+
+    Raises:
+      ValueError: for ``kernels`` without a call.
     """
+    if kernels and not any("rows" in call for call in kernels):
+        raise ValueError(
+            "the kernels' report holds no calls: make it by `python -m pallas_kernels.report "
+            "--json --rows 1 8 32 --weights bfloat16 int8 fp8 int4`"
+        )
     config = ModelConfig.from_name(model)
+    work_of = {
+        (scheme, batch): work(config, batch, block, cache_length, scheme)
+        for scheme in schemes
+        for batch in batches
+    }
+    heads = {scheme: _head_weights(config, scheme) for scheme in schemes}
     rows = []
     for name in chips:
+        found = {
+            (call["kernel"], call["rows"], call["weights"], call.get("cache_length")): call
+            for call in kernels
+            if "rows" in call and call["chip"] == name and call["model"] == model
+        }
         for scheme in schemes:
             for batch in batches:
-                needed = work(config, batch, block, cache_length, scheme)
+                limits = _limits(model, CHIPS[name], work_of[scheme, batch], batch)
+                calls = _calls(found, batch, scheme, heads[scheme], cache_length)
                 compiled = None
-                if batch == _COMPILED_BATCH and scheme == "bfloat16":
-                    compiled = kernel_seconds(config, model, CHIPS[name], kernels)
+                if calls:
+                    compiled = kernel_limits(
+                        config, CHIPS[name], calls, limits, batch, block, cache_length
+                    )
                 rows.append(
                     {
                         "model": model,
@@ -144,7 +165,7 @@ def bench_roofline(
                         "weights": scheme,
                         "batch": batch,
                         "cache_length": cache_length,
-                        "arithmetic": _limits(model, CHIPS[name], needed, batch),
+                        "arithmetic": limits,
                         "compiler": compiled,
                     }
                 )
@@ -169,33 +190,86 @@ def _limits(model: str, chip: Chip, needed: Work, batch: int) -> dict[str, Any]:
     }
 
 
-def kernel_seconds(
-    config: ModelConfig, model: str, chip: Chip, kernels: Sequence[Mapping[str, Any]]
-) -> dict[str, float] | None:
-    """Time of our kernels in all layers, by their bundles and by their bytes.
+def _head_weights(config: ModelConfig, scheme: str) -> str:
+    """What the head's weights are where the layers' are of ``scheme``."""
+    head = flatten_specs(weight_specs(config)).get("lm_head/kernel")
+    if head is None or scheme == "bfloat16":
+        return "bfloat16"
+    return weight_scheme("lm_head/kernel", head, scheme) or "bfloat16"
+
+
+def _calls(
+    found: Mapping[tuple[str, int, str, int | None], Mapping[str, Any]],
+    batch: int,
+    scheme: str,
+    head: str,
+    cache_length: int,
+) -> dict[str, Mapping[str, Any]]:
+    """The calls of one forward by kernel; empty without those of the experts and the head."""
+    calls = {
+        "expert_mlp": found.get(("expert_mlp", batch, scheme, None)),
+        "confidence_head": found.get(("confidence_head", batch, head, None)),
+    }
+    if None in calls.values():
+        return {}
+    attention = found.get(("block_decode_attention", batch, "bfloat16", cache_length))
+    if attention is not None:
+        calls["block_decode_attention"] = attention
+    return {name: call for name, call in calls.items() if call is not None}
+
+
+def kernel_limits(
+    config: ModelConfig,
+    chip: Chip,
+    calls: Mapping[str, Mapping[str, Any]],
+    limits: Mapping[str, Any],
+    batch: int,
+    block: int,
+    cache_length: int,
+) -> dict[str, Any]:
+    """What the schedules of our kernels leave of the limit. Compiler figures, and the rest.
 
     Args:
-      config, model: the model and its name.
+      config: the model.
       chip: where.
-      kernels: the report's entries.
+      calls: by kernel.
+      limits: the arithmetic of the whole forward.
+      batch, block, cache_length: as for ``work``.
+
+    Returns:
+      ``kernels``: which are in it. ``issue_seconds``: their bundles in all layers by the clock,
+      ``copy_seconds``: their bytes by the bandwidth, ``kernel_seconds``: the larger of both, kernel
+      by kernel. ``rest_seconds``: products of everything else at the peak (arithmetic).
+      ``bound``: ``"bundles"`` if issuing and the rest take longer than the forward's bytes;
+      ``forwards_per_second``: of the longer one. Copies of the whole forward are taken to run
+      beside all of its bundles.
     """
-    calls = {
+    layers = {
         "block_decode_attention": config.num_hidden_layers,
         "expert_mlp": config.num_moe_layers,
         "confidence_head": 1,
     }
-    issue = copy = bound = 0.0
-    for kernel, count in calls.items():
-        mine = [
-            e
-            for e in kernels
-            if (e["kernel"], e["chip"]) == (kernel, chip.name) and e["shape"].startswith(model)
-        ]
-        if not mine:
-            return None
-        issued = mine[0]["bundles"] / chip.clock_hz
-        copied = mine[0]["hbm_bytes"] / chip.bandwidth
-        issue += count * issued
-        copy += count * copied
-        bound += count * max(issued, copied)
-    return {"issue_seconds": issue, "copy_seconds": copy, "bound_seconds": bound}
+    tokens = batch * block
+    products = {  # FLOPs of all layers
+        "block_decode_attention": 4 * tokens * config.num_attention_heads * config.head_dim
+        * (cache_length + block) * config.num_hidden_layers,
+        "expert_mlp": 6 * tokens * config.num_experts_per_tok * config.hidden_size
+        * config.moe_intermediate_size * config.num_moe_layers,
+        "confidence_head": 2 * tokens * config.hidden_size * config.vocab_size,
+    }  # fmt: skip
+    issue = copy = both = 0.0
+    for kernel, call in calls.items():
+        issued = layers[kernel] * call["bundles"] / chip.clock_hz
+        copied = layers[kernel] * call["hbm_bytes"] / chip.bandwidth
+        issue, copy, both = issue + issued, copy + copied, both + max(issued, copied)
+    rest = (limits["flops"] - sum(products[kernel] for kernel in calls)) / chip.bf16_flops
+    seconds = max(limits["memory_seconds"], issue + rest)
+    return {
+        "kernels": sorted(calls),
+        "issue_seconds": issue,
+        "copy_seconds": copy,
+        "kernel_seconds": both,
+        "rest_seconds": rest,
+        "bound": "bundles" if issue + rest > limits["memory_seconds"] else "memory",
+        "forwards_per_second": 1 / seconds,
+    }

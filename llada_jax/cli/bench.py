@@ -76,7 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         type=Path,
         metavar="FILE",
-        help="from `python -m pallas_kernels.report --json`: adds the kernels' bundles as time",
+        help="the kernels' bundles as time: docs/kernels.json, or another of "
+        "`python -m pallas_kernels.report --json --rows 1 8 32 --weights bfloat16 int8 fp8 int4`",
     )
     roofline.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
@@ -140,7 +141,7 @@ def _roofline(args: argparse.Namespace) -> int:
 def _roofline_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """The limits as text; models are named where there are several."""
     header = ["chip", "weights", "rows", "GB", "GFLOP", "bound", "fwd/s", "tok/s S", "tok/s Q"]
-    header += ["fits", "kernels ms"]
+    header += ["fits", "kernels ms", "issue ms", "fwd/s by kernels", "bound by kernels"]
     several = len({row["model"] for row in rows}) > 1
     lines = []
     for row in rows:
@@ -158,10 +159,21 @@ def _roofline_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[st
                 f"{sums['forwards_per_second']:.0f}",
                 *(f"{speeds[m]:.0f}" if m in speeds else "" for m in ("speed", "quality")),
                 "yes" if sums["fits"] else "no",
-                f"{1e3 * compiled['bound_seconds']:.1f}" if compiled else "",
+                *_kernel_cells(compiled),
             ]
         )
     return header, lines
+
+
+def _kernel_cells(compiled: dict[str, Any] | None) -> list[str]:
+    if compiled is None:
+        return [""] * 4
+    return [
+        f"{1e3 * compiled['kernel_seconds']:.1f}",
+        f"{1e3 * compiled['issue_seconds']:.1f}",
+        f"{compiled['forwards_per_second']:.0f}",
+        compiled["bound"],
+    ]
 
 
 def _load(args: argparse.Namespace) -> dict[str, Any]:

@@ -64,17 +64,6 @@ class Adjustment(NamedTuple):
         return jnp.where(vocabulary == self.banned[..., None], -jnp.inf, logits - lowered)
 
 
-def propose_greedily(logits: Float[Array, "B T V"]) -> Proposal:
-    """The argmax and its softmax probability."""
-    # Relative to the maximum: the probability of the argmax then keeps float32's full precision.
-    below = logits - logits.max(-1, keepdims=True)
-    odds = jnp.exp(below)
-    total = odds.sum(-1)
-    # A banned logit is -inf: 0 * -inf must count as 0.
-    entropy = jnp.log(total) - jnp.where(odds > 0, odds * below, 0.0).sum(-1) / total
-    return Proposal(jnp.argmax(logits, axis=-1), 1 / total, entropy)
-
-
 def filter_logits(
     logits: Float[Array, "B T V"],
     top_k: Int[Array, " B"],

@@ -8,11 +8,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from llada_jax.model import KVCache
 from llada_jax.model.experts import RouterStats
-from pallas_kernels import block_diffusion_packed
 from pallas_kernels.block_diffusion_attention import BlockDiffusionMask, Layout
 
 
@@ -62,15 +61,6 @@ class Rows(flax.struct.PyTreeNode):
             copies=copies,
             aligned=self.aligned,
         )
-
-    def visible(self, query_copy: int, key_copy: int) -> Bool[Array, "B L L"]:
-        """``block_diffusion_packed`` between two copies, dense; 0 is the clean one."""
-
-        def coordinates(copy: int, axis: int) -> tuple[Array, Array, Array]:
-            block = jnp.expand_dims(self.block, axis)
-            return jnp.full_like(block, copy), block, jnp.expand_dims(self.document, axis)
-
-        return block_diffusion_packed(coordinates(query_copy, 2), coordinates(key_copy, 1))
 
 
 class Pass(NamedTuple):

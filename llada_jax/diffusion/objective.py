@@ -197,11 +197,30 @@ def cart_weights(
     ``w_i = 1/2 sum_j p (1 - p)^(|i - j| - 1)`` over visible j (Dream); with visible tokens on both
     sides everywhere it is 1.
     """
-    index = jnp.arange(masked.shape[-1])
-    distance = jnp.abs(index[:, None] - index)
-    geometric = jnp.where(distance > 0, p * (1.0 - p) ** (distance - 1.0), 0.0)
-    own = jnp.einsum("bij,bnj->bni", geometric * rows.visible(1, 1), (~masked).astype(jnp.float32))
-    clean = (geometric * rows.visible(1, 0)).sum(-1)[:, None] if with_context else 0.0
+    same = (rows.block[:, 1:] == rows.block[:, :-1]) & (
+        rows.document[:, 1:] == rows.document[:, :-1]
+    )
+    same = same[:, None].astype(jnp.float32)  # of neighbours i and i + 1
+    visible = (~masked).astype(jnp.float32)
+
+    def before(visible: Array, same: Array) -> Array:
+        """``sum_j p (1-p)^(i-j-1)`` over visible j < i of i's block: a linear recurrence."""
+        pad = ((0, 0), (0, 0), (1, 0))
+        decay = jnp.broadcast_to(jnp.pad((1.0 - p) * same, pad), visible.shape)
+        added = jnp.pad(p * same * visible[..., :-1], pad)
+
+        def chain(first, second):
+            return first[0] * second[0], second[0] * first[1] + second[1]
+
+        return jax.lax.associative_scan(chain, (decay, added), axis=-1)[1]
+
+    own = before(visible, same) + before(visible[..., ::-1], same[..., ::-1])[..., ::-1]
+    clean = jnp.zeros(())
+    if with_context and rows.block_size is not None:
+        behind = rows.block * rows.block_size  # clean tokens in the document's earlier blocks
+        inside = rows.positions - behind
+        clean = (1.0 - p) ** inside * (1.0 - (1.0 - p) ** behind)
+        clean = jnp.where(rows.document > 0, clean, 0.0)[:, None]
     return 0.5 * (own + clean)
 
 

@@ -5,7 +5,7 @@ L length, S cache length, C block length, N query heads, K key/value heads, H he
 F feed-forward, E experts, V vocabulary, M tokens of a flattened batch.
 """
 
-from llada_jax.model.cache import CACHE_AXES, KVCache, init_cache, write_cache
+from llada_jax.model.cache import KVCache, init_cache, write_cache
 from llada_jax.model.quantization import (
     check_quantization,
     dequantize_params,
@@ -23,7 +23,6 @@ from llada_jax.model.weights import (
 )
 
 __all__ = [
-    "CACHE_AXES",
     "KVCache",
     "LLaDA2",
     "ModelOutput",

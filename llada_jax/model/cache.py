@@ -56,10 +56,6 @@ def _to_int8(x: Float[Array, "*a H"]) -> tuple[Int[Array, "*a H"], Float[Array, 
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
-# Logical axes of both arrays of the cache.
-CACHE_AXES = (None, "batch", "kv_heads", None, None)
-
-
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> KVCache:
     """A zeroed cache for ``batch`` rows of ``length`` tokens; ``dtype`` may be int8."""
     shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)

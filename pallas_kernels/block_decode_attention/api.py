@@ -10,8 +10,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from pallas_kernels.block_decode_attention.call import decode_attention
-from pallas_kernels.block_decode_attention.tuning import cores_here, tiling
+from pallas_kernels.block_decode_attention.tuning import tiling
 from pallas_kernels.block_decode_attention.xla import decode_attention_xla
+from pallas_kernels.chips import cores_here
 from pallas_kernels.dispatch import Implementation, mesh_axes, run
 
 

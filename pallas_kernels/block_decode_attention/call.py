@@ -16,9 +16,9 @@ from pallas_kernels.block_decode_attention.tuning import (
     GRANULE,
     LANES,
     SUBLANES,
-    cores_here,
     tiling,
 )
+from pallas_kernels.chips import cores_here
 
 
 def _pad(array: Array, axis: int, multiple: int) -> Array:

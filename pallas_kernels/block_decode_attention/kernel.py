@@ -33,8 +33,7 @@ from pallas_kernels.block_decode_attention.tuning import (
 )
 
 _GRANULE_BITS = GRANULE.bit_length() - 1
-import os
-_TOGETHER = int(os.environ.get('TO',256))  # keys that one product scores
+_TOGETHER = 256  # keys that one product scores
 _FLOOR = -1e30  # below every score: the maximum of nothing, and finite
 _ROW, _TILE, _STARTED, _TAKEN, _SCORED = range(5)  # the places of ``at``
 
@@ -296,8 +295,9 @@ def kernel(
         each_chunk(add_fresh)
 
     # The cached prefix is a row of units, each some keys of one kv head and a chunk of queries; the
-    # heads are counted fastest. A unit is scored while the one before is weighed.
-    unit, together = tiles.unit, tiles.together
+    # heads are counted fastest. A unit is scored while the one before is weighed. All units are
+    # masked: the compiler finds room for that, and a rest needs no path of its own.
+    unit = tiles.unit
     chunks = tiles.columns // tiles.chunk
     count = (length + tiles.tile - 1) >> (tiles.tile.bit_length() - 1)
 
@@ -333,7 +333,6 @@ def kernel(
         columns, first_key = place_of(chunk, part)
         largest, shrink = grow(head, columns, raw_largest_scratch[place])
         total = total_ref[head, :, columns] * shrink
-        mixed, held = None, []
         for start in range(0, unit, LANES):
             keys = pl.ds(first_key + start, LANES)
             raw = score_scratch[place, start : start + LANES]
@@ -341,22 +340,11 @@ def kernel(
             total = total + _fold(odds, jnp.add)
             if quantized:
                 odds = odds * scale_of(value_scale_buffer, slot, head, keys)
-            W = int(os.environ.get('WS',128))
-            held.append(odds.astype(dtype))
-            if len(held) * LANES == W:
-                keys = pl.ds(first_key + start + LANES - W, W)
-                new = dot(value_buffer[slot, head, keys], jnp.concatenate(held), 0)
-                if os.environ.get('ACC'):
-                    old = mixed_ref[head, :, columns]
-                    mixed_ref[head, :, columns] = (old * shrink if mixed is None else old) + new
-                    mixed = 0
-                else:
-                    mixed = new if mixed is None else mixed + new
-                held = []
+            new = dot(value_buffer[slot, head, keys], odds, 0)
+            before = mixed_ref[head, :, columns]  # kept in memory: registers are scarce
+            mixed_ref[head, :, columns] = (before if start else before * shrink) + new
             yield
         total_ref[head, :, columns] = total
-        if not os.environ.get('ACC'):
-            mixed_ref[head, :, columns] = mixed_ref[head, :, columns] * shrink + mixed
 
     def add_tiles():
         @pl.when(count > 0)
@@ -396,26 +384,18 @@ def kernel(
                         jnp.where(last, next_left, left),
                     )
 
-                    @pl.loop(0, heads // together)
-                    def _(group_of_heads):
-                        for i in range(together):
-                            head = group_of_heads * together + i
-                            if together % 2 or os.environ.get('DYN'):
-                                place = at[_SCORED] & 1
-                                at[_SCORED] += 1
-                            else:
-                                place = i % 2
-                            same = slot, chunk, head + 1, part, left
-                            over = head + 1 == heads
-                            if i + 1 < together:
-                                after = same
-                            else:
-                                after = [jnp.where(over, x, y) for x, y in zip(then, same)]
-                            # The compiler keeps close to the order in which this is written.
-                            now = weigh(slot, chunk, head, part, place)
-                            ahead = score(*after, 1 - place)
-                            for _ in (itertools.zip_longest(ahead, now) if os.environ.get("SW") else itertools.chain(ahead, now) if os.environ.get("SQ") else itertools.zip_longest(now, ahead)):
-                                pass
+                    @pl.loop(0, heads)
+                    def _(head):
+                        place = at[_SCORED] & 1
+                        at[_SCORED] += 1
+                        over = head + 1 == heads
+                        same = slot, chunk, head + 1, part, left
+                        after = (jnp.where(over, x, y) for x, y in zip(then, same, strict=True))
+                        # The compiler keeps close to the order in which this is written.
+                        now = weigh(slot, chunk, head, part, place)
+                        ahead = score(*after, place=1 - place)
+                        for _ in itertools.zip_longest(now, ahead):
+                            pass
 
     with jax.named_scope("cached"):
         add_tiles()

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
-from pallas_kernels.chips import chip_of
-
 LANES, SUBLANES = 128, 8  # of a float32 register
 GRANULE = 32  # cached positions that a copy is rounded up to: the rows of an int8 tile
 _TILE = 1024  # cached positions of a full tile
-_UNIT = int(__import__('os').environ.get('UN',512))  # positions scored and weighed at a time: more do not fit into the registers
+_UNIT = 512  # positions scored and weighed at a time: more do not fit into the registers
 _DEPTH = 4  # tiles in flight; a power of two
 _BUDGET = 48 << 20  # VMEM bytes, of 64 MiB on the smallest chips
 
@@ -23,7 +19,6 @@ class Tiling:
     Attributes:
       tile: cached positions read at a time, a power of two and at least 128.
       unit: cached positions scored and weighed at a time, divides ``tile``.
-      together: kv heads of a turn of the inner loop, divides ``heads``.
       depth: tiles in flight, a power of two.
       chunk: packed queries multiplied at a time.
       columns: packed queries, rounded up to whole chunks.
@@ -34,7 +29,6 @@ class Tiling:
 
     tile: int
     unit: int
-    together: int
     depth: int
     chunk: int
     columns: int
@@ -69,14 +63,6 @@ def piece_sizes(tile: int, granule: int) -> list[int]:
         tile //= 2
         sizes.append(tile)
     return sizes
-
-
-def cores_here() -> int:
-    """Tensor cores of a device of the platform in use; 1 where that is not a TPU."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    kind = abstract.device_kind if abstract is not None else jax.devices()[0].device_kind
-    chip = chip_of(kind)
-    return chip.cores if chip is not None else 1
 
 
 def tiling(
@@ -123,7 +109,6 @@ def tiling(
             return Tiling(
                 tile,
                 unit,
-                __import__('os').environ.get('TG') and int(__import__('os').environ['TG']) or 2 if heads % 2 == 0 else 1,
                 _DEPTH,
                 LANES,
                 columns,

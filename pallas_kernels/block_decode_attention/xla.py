@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from pallas_kernels.mask import block_causal
+from pallas_kernels.mask import WindowMask
 
 _PIECE = 128  # cached positions read at a time
 
@@ -60,13 +60,7 @@ def decode_attention_xla(
     masked = fresh_length is not None or causal is not None
     fresh = scores(key)
     if masked:
-        place = jnp.arange(length)
-        seen = jnp.ones((batch, length, length), bool)
-        if fresh_length is not None:
-            seen &= place < fresh_length[:, None, None]
-        if causal is not None and block_length is not None:
-            earlier = block_causal(place[:, None], place[None, :], block_length)
-            seen &= ~causal[:, None, None] | earlier
+        seen = WindowMask(fresh_length, causal, block_length).dense(length)
         fresh = jnp.where(jnp.tile(seen[:, None], (1, 1, groups, 1)), fresh, -jnp.inf)
     largest = fresh.max(-1, keepdims=True)
     if masked:  # finite where nothing is seen

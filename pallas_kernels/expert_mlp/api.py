@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.chips import cores_here
 from pallas_kernels.dispatch import Implementation, mesh_axes, run
 from pallas_kernels.expert_mlp import tuning
 from pallas_kernels.expert_mlp.kernel import expert_mlp_pallas
@@ -92,7 +93,7 @@ def _check(x, gate, up, down, experts, gates, stack: int) -> None:
 
 def _local(x, gate, up, down, experts, gates, layer, implementation, out_dtype) -> Array:
     """On one device."""
-    cores = tuning.cores_here()
+    cores = cores_here()
     tiles = tuning.choose(len(x), x.shape[1], experts.shape[1], gate, x.dtype, cores)
     if tiles is None:
         if implementation == "pallas":
@@ -130,6 +131,11 @@ def _sharded(
     for axis in ("data", "fsdp"):
         if axis in axes and len(x) % (shares * mesh.shape[axis]) == 0:
             rows, shares = (*rows, axis), shares * mesh.shape[axis]
+    if "fsdp" in axes:
+        by_column = (None, own_experts, "fsdp", own_columns)
+        gate, up = (_one_layer(m, layer, mesh, by_column) for m in (gate, up))
+        down = _one_layer(down, layer, mesh, (None, own_experts, own_columns, "fsdp"))
+        layer = 0
     sums = tuple(a for a in (own_experts, own_columns) if a)
     by_column = P(None, own_experts, None, own_columns)
     by_row = P(None, own_experts, own_columns, None)
@@ -163,6 +169,23 @@ def _sharded(
         check_vma=False,
     )(x, gate, up, down, experts, gates, jnp.asarray(layer, jnp.int32))
     return out.astype(x.dtype)
+
+
+def _one_layer(matrix: Matrix, layer: Any, mesh: AbstractMesh, axes: tuple) -> Matrix:
+    """``[1, E, ...]`` of a stack, sharded over ``axes`` where they divide.
+
+    For stacks whose D is spread over fsdp: it is then gathered for one layer at a time. Without
+    saying how the slice is sharded XLA would gather all layers first.
+    """
+
+    def take(stack: Array) -> Array:
+        sizes = [1 if axis is None else mesh.shape[axis] for axis in axes]
+        fits = zip(axes, sizes, stack.shape, strict=True)
+        spec = [axis if total % size == 0 else None for axis, size, total in fits]
+        one = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=True)
+        return jax.lax.with_sharding_constraint(one, P(*spec))
+
+    return jax.tree.map(take, matrix)
 
 
 def _scheme(matrix: Matrix) -> str | None:

@@ -46,9 +46,10 @@ def index_maps(cores: int) -> dict[str, Any]:
     """
 
     def expert(core, i, meta, ids):
-        # A core without work left stays on the last expert: no new copy.
+        # A core without work left stays on the last expert: no new copy. Without any expert it
+        # is the first.
         step = step_of(core, i, meta[1], cores)
-        last = meta[1] - 1
+        last = meta[1] - (meta[1] > 0)
         return ids[step * (step <= last) + last * (step > last)]
 
     def columns(core, i, f, meta, ids, *_):

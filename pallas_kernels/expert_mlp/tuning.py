@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels.chips import chip_of
 from pallas_kernels.expert_mlp.weights import values_and_scales
 
 _MIB = 1 << 20
@@ -59,15 +57,6 @@ def choose(tokens: int, dim: int, k: int, gate: Any, dtype: Any, cores: int = 1)
     # Sums of a chunk stay in registers: 64 of [8, 128] at most.
     chunk = min(256, columns), min(512 if rows < 64 else 256, dim)
     return Tiles(rows, columns, chunk, _LIMIT)
-
-
-def cores_here() -> int:
-    """Tensor cores of a device: of the mesh in force, else jax's own; 1 if no known TPU."""
-    kind = getattr(jax.sharding.get_abstract_mesh().abstract_device, "device_kind", None)
-    if kind is None and jax.default_backend() == "tpu":
-        kind = jax.devices()[0].device_kind
-    chip = chip_of(kind) if kind else None
-    return chip.cores if chip else 1
 
 
 def _padded(size: int, multiple: int) -> int:

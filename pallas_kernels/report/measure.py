@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,12 +11,15 @@ import numpy as np
 
 from pallas_kernels import aot, schedule
 from pallas_kernels.report import ours, program, stock
+from pallas_kernels.report.call import Call
 from pallas_kernels.report.entry import Entry
 from pallas_kernels.report.work import (
     CACHE,
+    CACHED,
     MODELS,
     ROWS,
     TRAINING_LENGTH,
+    WEIGHTS,
     Model,
     ragged_lengths,
     routing,
@@ -28,6 +31,14 @@ KERNELS = (
     "expert_mlp",
     "block_diffusion_attention",
 )
+
+
+# The kernels of a decode step, and the weights that each reads as they are.
+CALLED = {
+    "block_decode_attention": ("bfloat16",),
+    "confidence_head": ("bfloat16", "int8"),
+    "expert_mlp": WEIGHTS,
+}
 
 
 def entries(
@@ -45,6 +56,48 @@ def entries(
         for model in MODELS.values():
             log(f"{chip} {model.name} {kernel}")
             yield from _MEASURES[kernel](dump, chip, model)
+
+
+def calls(
+    dump: str,
+    chip: str,
+    rows: Sequence[int],
+    weights: Sequence[str],
+    kernels: Sequence[str] = KERNELS,
+    log: Callable[[str], None] = print,
+) -> Iterator[Call]:
+    """The kernels of a decode step of mini, without their stock alternatives.
+
+    Args:
+      dump, chip, kernels, log: as for ``entries``.
+      rows: blocks decoded together.
+      weights: ``"bfloat16"`` or schemes. The head is compiled for those that it reads as they are;
+        attention, which has no weights, once.
+    """
+    model = MODELS["mini"]
+    for kernel in kernels:
+        for scheme in weights if kernel in CALLED else ():
+            if scheme not in CALLED[kernel]:
+                continue
+            for count in rows:
+                log(f"{chip} {model.name} {kernel} {scheme} {count} rows")
+                touched = None
+                if kernel == "block_decode_attention":
+                    lengths = np.array([CACHED], np.int32)
+                    subject = ours.block_decode_attention(model, chip, lengths, count)
+                elif kernel == "confidence_head":
+                    subject = ours.confidence_head(model, chip, count, scheme)
+                else:
+                    subject = ours.expert_mlp(model, chip, count, scheme)
+                    touched = len(np.unique(routing(model, count * model.block)))
+                found = _ours(dump, chip, subject)
+                names = {field.name for field in dataclasses.fields(Call)}
+                figures = {k: v for k, v in found.items() if k in names}
+                cached = CACHED if kernel == "block_decode_attention" else None
+                yield Call(
+                    kernel, chip, model.name, count, scheme, **figures,
+                    experts=touched, cache_length=cached,
+                )  # fmt: skip
 
 
 def _ours(dump: str, chip: str, subject: ours.Subject) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.chips import CHIPS
+from pallas_kernels.quantized import quantize
 from pallas_kernels.report.stock import Program
 from pallas_kernels.report.work import CACHE, ROWS, TRAINING_LENGTH, Model, routing
 from pallas_kernels.schedule import MXU, Schedule
@@ -69,11 +71,24 @@ def _shape(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-def confidence_head(model: Model, chip: str) -> Subject:
-    """256 positions against the whole vocabulary."""
-    from pallas_kernels.confidence_head import api, least_bytes, traffic
+def _weight(weights: str, *sizes: int) -> Any:
+    """Shapes of a weight: ``"bfloat16"`` or a scheme of ``quantized``."""
+    plain = _shape(*sizes)
+    if weights == "bfloat16":
+        return plain
+    return jax.eval_shape(functools.partial(quantize, scheme=weights), plain)
 
-    tokens = ROWS * model.block
+
+def confidence_head(
+    model: Model, chip: str, rows: int = ROWS, weights: str = "bfloat16"
+) -> Subject:
+    """The positions of ``rows`` blocks against the whole vocabulary; bfloat16 or int8 weights."""
+    from pallas_kernels.confidence_head import api, least_bytes, traffic
+    from pallas_kernels.confidence_head.tuning import choose
+
+    tokens = rows * model.block
+    size = tokens, model.dim, model.vocabulary
+    tiling = choose(*size, 2, 1 if weights == "int8" else 2)
 
     def head(hidden, weight):
         return api.confidence_head(hidden, weight, implementation="pallas")
@@ -82,30 +97,36 @@ def confidence_head(model: Model, chip: str) -> Subject:
         assert schedule.grid is not None
         steps = float(np.prod(schedule.grid))
         found = loop_trips(schedule, steps)
-        for i, loop in enumerate(schedule.loops):  # mending marked chunks: the last one alone
+        products = 0
+        for i, loop in enumerate(schedule.loops):
+            products += loop.depth > 1 and loop.usage.used[MXU] > 0
             if loop.depth > 2 and not loop.usage.used[MXU]:
-                found[i] /= steps
+                # Mending marked chunks, 8 rows at a time: the last one alone. The other such loop
+                # notes the scores of every chunk.
+                if loop.trips == tiling.chunk_rows // 8:
+                    found[i] /= steps
+            elif loop.depth == 2 and not products and weights != "bfloat16":
+                found[i] = float(loop.trips or 1)  # casting a tile, before all its chunks
         return found
 
-    size = tokens, model.dim, model.vocabulary
     return Subject(
         "confidence_head",
-        (head, (_shape(tokens, model.dim), _shape(model.dim, model.vocabulary))),
+        (head, (_shape(tokens, model.dim), _weight(weights, model.dim, model.vocabulary))),
         trips,
-        traffic(*size),
-        least_bytes(*size),
+        traffic(*size, head=weights),
+        least_bytes(*size, head=weights),
     )
 
 
-def expert_mlp(model: Model, chip: str) -> Subject:
-    """The experts of 256 tokens, routed at random."""
+def expert_mlp(model: Model, chip: str, rows: int = ROWS, weights: str = "bfloat16") -> Subject:
+    """The experts of the tokens of ``rows`` blocks, routed at random."""
     from pallas_kernels.expert_mlp import api, least_bytes, traffic, tuning
 
-    tokens, cores = ROWS * model.block, CHIPS[chip].cores
-    wide = _shape(1, model.experts, model.dim, model.ffn)
-    down = _shape(1, model.experts, model.ffn, model.dim)
-    gate: Any = wide  # shapes are enough
-    chosen = tuning.choose(tokens, model.dim, model.experts_per_token, gate, jnp.bfloat16, cores)
+    tokens, cores = rows * model.block, CHIPS[chip].cores
+    scheme = None if weights == "bfloat16" else weights
+    wide = _weight(weights, 1, model.experts, model.dim, model.ffn)
+    down = _weight(weights, 1, model.experts, model.ffn, model.dim)
+    chosen = tuning.choose(tokens, model.dim, model.experts_per_token, wide, jnp.bfloat16, cores)
     assert chosen is not None
     experts = routing(model, tokens)
     sizes = np.bincount(experts.reshape(-1), minlength=model.experts)
@@ -141,34 +162,39 @@ def expert_mlp(model: Model, chip: str) -> Subject:
             ),
         ),
         lambda schedule: loop_trips(schedule, steps, dynamic),
-        traffic(experts, model.dim, model.ffn, model.experts, cores=cores),
-        least_bytes(experts, model.dim, model.ffn, model.experts),
+        traffic(experts, model.dim, model.ffn, model.experts, scheme, cores=cores),
+        least_bytes(experts, model.dim, model.ffn, model.experts, scheme),
     )
 
 
-def block_decode_attention(model: Model, chip: str, lengths: np.ndarray) -> Subject:
+def block_decode_attention(
+    model: Model, chip: str, lengths: np.ndarray, rows: int = ROWS
+) -> Subject:
     """A block a row over caches of ``lengths``, which stand for those of the batch in the mean."""
-    from pallas_kernels.block_decode_attention import api, least_bytes, traffic, tuning
+    from pallas_kernels.block_decode_attention import call, least_bytes, traffic, tuning
 
-    rows, cores = ROWS, CHIPS[chip].cores
+    cores = CHIPS[chip].cores
     query = rows, model.block, model.heads, model.head_dim
     tiling = tuning.tiling(query, model.kv_heads, CACHE, 2, 2, cores)
 
     def attention(query, key, value, keys, values, length):
-        return api.block_decode_attention(
-            query, key, value, keys, values, length, 0, implementation="pallas"
+        fresh = jnp.full(rows, model.block, jnp.int32)
+        return call.decode_attention(
+            query, key, value, keys, values, length, 0, fresh, None, None, cores=cores
         )
 
     def trips(schedule: Schedule) -> list[float]:
         steps = rows * model.kv_heads // tiling.heads // cores
-        full = float(np.mean(lengths // tiling.tile))  # whole tiles of a row
-        rest = float(np.mean(-(-(lengths % tiling.tile) // min(tiling.tile, 128))))
-        bound_by_data = [
-            i for i, loop in enumerate(schedule.loops) if loop.trips is None and loop.depth > 1
-        ]
+        tiles = float(np.mean(-(-lengths // tiling.tile)))
+        parts = float(np.mean(-(-lengths // tiling.unit))) / tiles  # units of a tile
+        cleared = float(np.mean(-lengths % tiling.unit // tuning.GRANULE))  # of a row
 
         def dynamic(i: int, schedule: Schedule) -> float:
-            return full if i == bound_by_data[0] else rest
+            loop = schedule.loops[i]
+            if loop.usage.used[MXU]:
+                return tiles if loop.depth == 2 else parts
+            # Written twice, before the loop over tiles and in it; a row runs one of them.
+            return cleared / tiles if loop.depth == 3 else 0.0
 
         return loop_trips(schedule, steps, dynamic)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from pallas_kernels.report.call import Call
 from pallas_kernels.report.entry import Entry
 
 BEGIN, END = "<!-- kernels report: begin -->", "<!-- kernels report: end -->"
@@ -42,7 +43,23 @@ def markdown(entries: Sequence[Entry]) -> str:
         lines += ["| " + " | ".join(_cells(e)) + " |" for e in rows]
         missed = [f"- {e.chip}, {e.shape}: {'; '.join(e.misses())}." for e in rows if e.misses()]
         lines += ["", *(["Misses:", "", *missed] if missed else ["Misses: none."]), ""]
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(lines).rstrip() + "\n" if lines else ""
+
+
+def calls(found: Sequence[Call]) -> str:
+    """One table a kernel: what a call issues, and what could be issued while its bytes move."""
+    lines: list[str] = []
+    for kernel, group in itertools.groupby(
+        sorted(found, key=lambda c: c.kernel), lambda c: c.kernel
+    ):
+        lines += [f"### {kernel}", "", "| chip | weights | rows | bundles | DMA bundles | bound |"]
+        lines.append("|---|---|---:|---:|---:|---|")
+        for c in group:
+            bound = "memory" if c.dma_bundles() > c.bundles else "compute"
+            cells = c.chip, c.weights, str(c.rows), _short(c.bundles), _short(c.dma_bundles())
+            lines.append(f"| {' | '.join(cells)} | {bound} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n" if lines else ""
 
 
 def _cells(e: Entry) -> list[str]:

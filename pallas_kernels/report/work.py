@@ -40,7 +40,10 @@ MODELS = {
 
 ROWS = 8  # decoded together: 256 tokens
 CACHE = 4096  # positions a row that the cache has room for
+CACHED = 1024  # of which so many are valid in the calls of ``--rows``
 TRAINING_LENGTH = 4096
+
+WEIGHTS = ("bfloat16", "int8", "fp8", "int4")
 
 
 def ragged_lengths(capacity: int = CACHE, block: int = 32) -> Int[np.ndarray, " lengths"]:

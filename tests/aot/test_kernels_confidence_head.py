@@ -8,7 +8,7 @@ import pytest
 from jax import ShapeDtypeStruct as Shape
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels import aot
+from pallas_kernels import aot, schedule
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.confidence_head import confidence_head
 from pallas_kernels.quantized import QuantizedMatrix
@@ -55,9 +55,8 @@ def int8_head(d):
     ],
 )
 def test_compiles(chip, d, b, head):
-    hidden = Shape((b, 32, d), jnp.bfloat16)
-    matrix = int8_head(d) if head == "int8" else Shape((d, VOCABULARY), jnp.bfloat16)
-    compiled = aot.compile_for(chip, propose, hidden, matrix, *positions(b))
+    run, shapes = build(d, b, head)
+    compiled = aot.compile_for(chip, run, *shapes)
     assert compiled.as_text().count("tpu_custom_call") == 1
     assert compiled.memory_analysis().temp_size_in_bytes < 16 * MIB
 
@@ -93,3 +92,18 @@ def test_the_default_is_the_kernel_over_the_mesh(chip):
         text = jax.jit(propose).lower(*arguments).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 1
     assert f"s8[2048,{VOCABULARY}]" not in text  # the head stays where it is
+
+
+def build(d, b, head):
+    """``(function, shapes)``."""
+    matrix = int8_head(d) if head == "int8" else Shape((d, VOCABULARY), jnp.bfloat16)
+    return propose, (Shape((b, 32, d), jnp.bfloat16), matrix, *positions(b))
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("b", [1, 8])
+def test_the_inner_loop_spills_no_registers(chip, b):
+    schedules = schedule.measure(chip, build, 2048, b, "bfloat16")
+    (kernel,) = (s for s in schedules if s.name.startswith("confidence_head"))
+    print(schedule.describe(kernel))
+    assert kernel.inner.spill_slots == 0

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import aot
+from pallas_kernels import aot, schedule
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.expert_mlp import tuning
 from pallas_kernels.expert_mlp.kernel import expert_mlp_pallas
@@ -20,9 +20,11 @@ SHAPES = {  # layers, E, D, F, k
 }
 
 
-def compile_kernel(chip, shape, tokens, scheme, dtype=jnp.bfloat16):
+def build(chip, shape, tokens, scheme, dtype="bfloat16"):
+    """The kernel as the model calls it: ``(function, shapes)``."""
     layers, experts, dim, ffn, k = SHAPES[shape]
     cores = CHIPS[chip].cores
+    dtype = jnp.dtype(dtype)
 
     def stack(*matrix):
         weight = jax.ShapeDtypeStruct((layers, experts, *matrix), dtype)
@@ -36,9 +38,7 @@ def compile_kernel(chip, shape, tokens, scheme, dtype=jnp.bfloat16):
         touched = sort_pairs(ids, gates, experts, tiles.rows)
         return expert_mlp_pallas(x, gate, up, down, touched, layer, tiles, dtype, cores)
 
-    return aot.compile_for(
-        chip,
-        run,
+    shapes = (
         jax.ShapeDtypeStruct((tokens, dim), dtype),
         gate,
         gate,
@@ -47,6 +47,12 @@ def compile_kernel(chip, shape, tokens, scheme, dtype=jnp.bfloat16):
         jax.ShapeDtypeStruct((tokens, k), jnp.float32),
         jax.ShapeDtypeStruct((), jnp.int32),
     )
+    return run, shapes
+
+
+def compile_kernel(chip, *arguments):
+    run, shapes = build(chip, *arguments)
+    return aot.compile_for(chip, run, *shapes)
 
 
 SCHEMES = [None, "int8", "fp8", "int4"]
@@ -70,4 +76,16 @@ def test_compiles(shape, tokens, chip, scheme):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_float32_compiles(chip):
-    compile_kernel(chip, "nano", 32, None, jnp.float32)
+    compile_kernel(chip, "nano", 32, None, "float32")
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("scheme", [None, "int4"])
+def test_the_inner_loop_spills_no_registers(chip, scheme):
+    (kernel,) = (
+        s
+        for s in schedule.measure(chip, build, chip, "mini", 32, scheme)
+        if s.name.startswith("expert_mlp")
+    )
+    print(schedule.describe(kernel))
+    assert kernel.inner.spill_slots == 0

@@ -1,6 +1,7 @@
 """The roofline sums, against figures worked out by hand."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -66,17 +67,75 @@ def test_rows():
     assert all(r["compiler"] is None for r in rows)
 
 
-def test_compiler_figures():
-    entry = {"chip": "v5e", "shape": "mini 8 rows", "bundles": 1.5e6, "hbm_bytes": 819e6}
-    names = "block_decode_attention", "expert_mlp", "confidence_head"
-    kernels = [entry | {"kernel": name} for name in names]
-    rows = roofline.bench_roofline(
-        batches=(8,), schemes=("bfloat16",), chips=("v5e", "v5p"), kernels=kernels
+def call(kernel, weights="int4", rows=8, bundles=1.5e6, hbm_bytes=819e6, **more):
+    """On v5e a bundle each 1 / 1.5e9 s and a byte each 1 / 819e9 s."""
+    entry = {"chip": "v5e", "model": "mini", "kernel": kernel, "weights": weights, "rows": rows}
+    return entry | {"bundles": bundles, "hbm_bytes": hbm_bytes} | more
+
+
+def v5e(kernels, scheme="int4", batch=8):
+    """One row: what arithmetic says, what the compiler says."""
+    (row,) = roofline.bench_roofline(
+        batches=(batch,), schemes=(scheme,), chips=("v5e",), kernels=kernels
     )
-    assert rows[0]["compiler"] == pytest.approx(
-        {"issue_seconds": 0.040, "copy_seconds": 0.040, "bound_seconds": 0.040}
-    )
-    assert rows[1]["compiler"] is None
+    return row["arithmetic"], row["compiler"]
+
+
+def test_bundles_that_take_longer_than_the_bytes():
+    """int4's head is int8. 19 layers of 2 ms and a head of 1 ms, against 11 ms for the bytes."""
+    calls = [call("expert_mlp", bundles=3e6), call("confidence_head", "int8", hbm_bytes=1638e6)]
+    limits, found = v5e(calls)
+    assert found["kernels"] == ["confidence_head", "expert_mlp"]
+    assert found["issue_seconds"] == pytest.approx(0.039)
+    assert found["copy_seconds"] == pytest.approx(0.019 + 0.002)
+    assert found["kernel_seconds"] == pytest.approx(0.038 + 0.002)
+    # The rest: everything but 8 experts a token and the head.
+    tokens, experts, head = 256, 19 * 8 * 3 * 2048 * 512, 2048 * 157184
+    rest = (limits["flops"] - 2 * tokens * (experts + head)) / CHIPS["v5e"].bf16_flops
+    assert found["rest_seconds"] == pytest.approx(rest)
+    assert found["bound"] == "bundles"
+    assert found["forwards_per_second"] == pytest.approx(1 / (0.039 + rest))
+    assert found["forwards_per_second"] < limits["forwards_per_second"]
+
+
+def test_bytes_that_take_longer_than_the_bundles():
+    calls = [call("expert_mlp", bundles=1.5e5), call("confidence_head", "int8", bundles=1)]
+    limits, found = v5e(calls)
+    assert found["bound"] == "memory"
+    assert found["forwards_per_second"] == pytest.approx(limits["forwards_per_second"])
+
+
+def test_attention_counts_where_it_was_compiled():
+    calls = [call("expert_mlp"), call("confidence_head", "int8")]
+    attention = call("block_decode_attention", "bfloat16", cache_length=1024)
+    without, found = v5e(calls)[1], v5e([*calls, attention])[1]
+    assert found["issue_seconds"] == pytest.approx(without["issue_seconds"] + 20 * 0.001)
+    products = 4 * 256 * 2048 * 1056 * 20 / CHIPS["v5e"].bf16_flops
+    assert found["rest_seconds"] == pytest.approx(without["rest_seconds"] - products)
+    assert v5e([*calls, attention | {"cache_length": 4096}])[1] == without
+
+
+def test_calls_must_fit_the_row():
+    calls = [call("expert_mlp", "fp8"), call("confidence_head", "bfloat16")]
+    assert v5e(calls, "fp8")[1] is not None  # fp8 leaves the head alone
+    assert v5e(calls, "int8")[1] is None
+    assert v5e(calls, "fp8", batch=1)[1] is None
+    assert v5e(calls[:1], "fp8")[1] is None
+    with pytest.raises(ValueError, match="holds no calls"):
+        v5e([{"kernel": "expert_mlp", "chip": "v5e", "bundles": 1}])
+
+
+def test_the_recorded_calls(capsys):
+    """docs/kernels.json has a figure for every row, and docs/kernels.md shows them."""
+    docs = pathlib.Path(__file__).parents[2] / "docs"
+    command = ["bench", "roofline", "--markdown", "--kernels", str(docs / "kernels.json")]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert shown in (docs / "kernels.md").read_text()
+    rows = roofline.bench_roofline(kernels=json.loads((docs / "kernels.json").read_text()))
+    assert all(row["compiler"] is not None for row in rows)
+    for row in rows:  # the bytes that the kernels count are part of those of the forward
+        assert row["compiler"]["copy_seconds"] < 1.02 * row["arithmetic"]["memory_seconds"]
 
 
 def test_command(capsys):

@@ -7,11 +7,19 @@ from hypothesis import given
 from hypothesis.extra.numpy import arrays
 
 from llada_jax.decoding.rules import mask_to_token, token_to_token, transfer_quota
-from llada_jax.decoding.sampling import Adjustment, filter_logits, propose_greedily
+from llada_jax.decoding.sampling import Adjustment, Proposal, filter_logits
+from pallas_kernels.confidence_head import confidence_head
 
 SIZE = 8
 confidences = arrays(np.float32, (1, SIZE), elements=st.sampled_from([0.1, 0.5, 0.7, 0.9, 1.0]))
 flags = arrays(bool, (1, SIZE))
+
+
+def best_of(logits, adjustment=None):
+    """What ``ModelDenoiser.propose`` does, with the identity for a head."""
+    adjusted = {} if adjustment is None else adjustment._asdict()
+    best = confidence_head(logits, jnp.eye(logits.shape[-1]), **adjusted)
+    return Proposal(best.token, best.probability, best.entropy)
 
 
 @given(flags, confidences, st.sampled_from([0.0, 0.5, 0.7, 1.0]), st.integers(1, 10))
@@ -62,7 +70,7 @@ def test_quota_adds_up_to_the_block(steps, block):
 
 
 def test_greedy_ties_go_to_the_lowest_id():
-    proposal = propose_greedily(jnp.array([[[1.0, 3.0, 3.0, 0.0]]]))
+    proposal = best_of(jnp.array([[[1.0, 3.0, 3.0, 0.0]]]))
     assert int(proposal.tokens[0, 0]) == 1
     p = np.exp([1, 3, 3, 0]) / np.exp([1, 3, 3, 0]).sum()
     np.testing.assert_allclose(proposal.confidence[0, 0], p[1], rtol=1e-6)
@@ -72,13 +80,12 @@ def test_greedy_ties_go_to_the_lowest_id():
 def test_banned_mask_leaves_probabilities_of_the_others():
     logits = jnp.array([[[1.0, 2.0, 9.0], [0.0, 0.0, 5.0]]])
     tokens = jnp.array([[2, 0]])
-    banned = Adjustment.of(tokens, 2, jnp.array([True]), jnp.zeros(1)).apply(logits)
-    proposal = propose_greedily(banned)
+    proposal = best_of(logits, Adjustment.of(tokens, 2, jnp.array([True]), jnp.zeros(1)))
     np.testing.assert_array_equal(proposal.tokens, [[1, 0]])
     np.testing.assert_allclose(proposal.confidence[0, 1], 0.5)
     assert np.isfinite(proposal.entropy).all()
-    kept = Adjustment.of(tokens, 2, jnp.array([False]), jnp.zeros(1)).apply(logits)
-    np.testing.assert_array_equal(propose_greedily(kept).tokens, [[2, 2]])
+    kept = best_of(logits, Adjustment.of(tokens, 2, jnp.array([False]), jnp.zeros(1)))
+    np.testing.assert_array_equal(kept.tokens, [[2, 2]])
 
 
 def test_penalty_lowers_the_left_neighbours_token():

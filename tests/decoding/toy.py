@@ -10,7 +10,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from llada_jax.decoding.sampling import propose_greedily
+from llada_jax.decoding.sampling import Proposal
 from llada_jax.model import KVCache
 from pallas_kernels import WindowMask
 
@@ -39,6 +39,17 @@ def value(tokens, positions):
 def table_row(context, tokens, positions, coupling):
     """The row for a position that sees ``context``; ``coupling`` 0 ignores its own token."""
     return (context * 7 + positions * 13 + coupling * tokens * 5) % ROWS
+
+
+def propose_greedily(logits):
+    """The argmax and its softmax probability."""
+    # Relative to the maximum: the probability of the argmax then keeps float32's full precision.
+    below = logits - logits.max(-1, keepdims=True)
+    odds = jnp.exp(below)
+    total = odds.sum(-1)
+    # A banned logit is -inf: 0 * -inf must count as 0.
+    entropy = jnp.log(total) - jnp.where(odds > 0, odds * below, 0.0).sum(-1) / total
+    return Proposal(jnp.argmax(logits, axis=-1), 1 / total, entropy)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,6 +62,8 @@ def interpreted(operands, options, **params):
 
 
 def check(operands, options, tolerance=2e-6, **params):
+    # float32 (eps 1.2e-7): sums of up to some 700 weights in another order, errors of about
+    # sqrt(700) / 2 eps = 1.6e-6 relative to the result, and as much of the values cancelled.
     expected = np.asarray(reference(*operands, **options), np.float32)
     assert np.isfinite(expected).all()
     xla = block_decode_attention(*operands, implementation="xla", **options)
@@ -154,7 +156,6 @@ def test_odd_shapes(heads, kv_heads, length, capacity):
 
 
 def test_two_cores(small_tiles, monkeypatch):
-    monkeypatch.setattr(tuning, "cores_here", lambda: 2)
     monkeypatch.setattr("pallas_kernels.block_decode_attention.call.cores_here", lambda: 2)
     check(*make(8, [300, 0, 257], S=320, int8=True))
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.expert_mlp import (
     expert_mlp,
@@ -19,7 +20,7 @@ from pallas_kernels.expert_mlp import (
     traffic,
     tuning,
 )
-from pallas_kernels.expert_mlp.kernel import expert_mlp_pallas
+from pallas_kernels.expert_mlp.kernel import expert_mlp_pallas, index_maps
 from pallas_kernels.expert_mlp.routing import sort_pairs
 from pallas_kernels.expert_mlp.tuning import Tiles
 from pallas_kernels.quantized import QuantizedMatrix, dequantize, quantize
@@ -185,6 +186,58 @@ def test_no_races(case):
         out_of_bounds_reads="raise",
     )
     assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize("scheme", ["int4", "fp8"])
+def test_what_a_tile_leaves_behind_does_no_harm(scheme):
+    """A small expert, whose tile holds uninitialised rows, before a large one; F is not 128."""
+    stacks = weights_of(0, 3, 192, 80, scheme, jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (24, 192)).astype(jnp.bfloat16)
+    ids = jnp.where(jnp.arange(24) < 3, 0, 1)[:, None]
+    gates = jnp.ones((24, 1))
+    tiles = Tiles(16, 80, (80, 128), 0)
+    got = run_kernel(x, stacks, ids, gates, tiles, 1, uninitialized_memory="nan")
+    expected = reference(x.astype(jnp.float32), *one_layer(stacks), ids, gates)
+    np.testing.assert_allclose(np.asarray(got, np.float32), expected, atol=4e-2)
+
+
+class Strict(list):
+    """Scalar memory: nothing lies before its beginning."""
+
+    def __getitem__(self, i):
+        assert i >= 0
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_index_maps_stay_among_the_touched_experts(cores, count):
+    ids = Strict([10, 11, 12, 13, 14])
+    visited = set()
+    for name in ("columns", "rows", "whole", "flat"):
+        for core in range(cores):
+            for i in range(max(1, -(-count // cores))):
+                visited.add(index_maps(cores)[name](core, i, 0, (7, count), ids)[1])
+    assert visited == set(range(10, 10 + max(count, 1)))
+
+
+def test_fsdp_gathers_one_layer_at_a_time():
+    mesh = jax.make_mesh((4,), ("fsdp",), (AxisType.Auto,), devices=jax.devices()[:4])
+    place = NamedSharding(mesh, P(None, None, "fsdp", None))
+    stacks = [jax.device_put(jnp.ones((6, 4, 32, 32)), place)] * 3
+    x, ids, gates = jnp.ones((8, 32)), jnp.zeros((8, 2), jnp.int32), jnp.ones((8, 2))
+
+    def layers(x, *stacks):
+        def body(i, x):
+            return expert_mlp(x, *stacks, ids, gates, layer=i)
+
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.lax.fori_loop(0, 6, body, x)
+
+    text = jax.jit(layers).lower(x, *stacks).compile().as_text()
+    gathered = [line for line in text.splitlines() if " all-gather(" in line]
+    assert gathered
+    assert not any("f32[6," in line for line in gathered)
 
 
 def test_wrong_calls_say_so():

@@ -8,6 +8,8 @@ import pytest
 
 from pallas_kernels import schedule
 from pallas_kernels.report import measure, ours, program, stock, table, work
+from pallas_kernels.report.__main__ import main
+from pallas_kernels.report.call import Call
 from pallas_kernels.report.entry import Entry
 
 HLO = """HloModule jit_f, is_scheduled=true
@@ -169,6 +171,56 @@ def test_table():
     assert table.insert(page, text) == f"a\n{table.BEGIN}\n\n{text}\n{table.END}\nb\n"
     with pytest.raises(ValueError, match="needs the lines"):
         table.insert("a", text)
+
+
+CALL = Call("expert_mlp", "v5e", "mini", 8, "int4", 2000, 0.2, 0, 819_000, 819_000, experts=256)
+
+
+def test_calls():
+    assert CALL.dma_bundles() == pytest.approx(1500)
+    found = json.loads(json.dumps(CALL.as_dict()))
+    assert Call.from_dict(found) == CALL
+    assert "cache_length" not in found
+    text = table.calls([CALL, dataclasses.replace(CALL, bundles=1000)])
+    assert "| v5e | int4 | 8 | 2 k | 2 k | compute |" in text
+    assert "| v5e | int4 | 8 | 1 k | 2 k | memory |" in text
+    assert table.calls([]) == table.markdown([]) == ""
+
+
+def test_recorded_calls_and_entries(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    file = tmp_path / "kernels.json"
+    file.write_text(json.dumps([CALL.as_dict(), ENTRY.as_dict()]))
+    assert main(["--recorded", str(file)]) == 0
+    assert capsys.readouterr().out.count("### ") == 2
+    assert main(["--recorded", str(file), "--json", "--kernel", "expert_mlp"]) == 0
+    assert [Call.from_dict(c) for c in json.loads(capsys.readouterr().out)] == [CALL]
+
+
+@pytest.mark.parametrize("weights", work.WEIGHTS)
+def test_bytes_of_the_experts(weights):
+    """bfloat16 twice int8, four times int4, but for scales."""
+    model = work.MODELS["mini"]
+    subject = ours.expert_mlp(model, "v5e", 1, weights)
+    touched = len(np.unique(work.routing(model, model.block)))
+    size = {"bfloat16": 2, "int8": 1, "fp8": 1, "int4": 0.5}[weights]
+    values = touched * 3 * model.dim * model.ffn * size
+    assert values < subject.hbm_bytes < 1.1 * values
+    assert subject.hbm_bytes == subject.least_bytes
+
+
+@pytest.mark.parametrize(("rows", "weights"), [(8, "bfloat16"), (32, "int8")])
+def test_trips_of_the_head(rows, weights):
+    """Every chunk is noted, only the last one mended; with several chunks int8 is cast first."""
+    subject = ours.confidence_head(work.MODELS["mini"], "v5e", rows, weights)
+    loops = [(1, None, 5, 0, 12), (2, 0, 7, 0, 32), (2, 0, 11, 9, 4)]
+    loops += [(3, 2, 13, 0, 32), (3, 2, 17, 0, 4), (2, 0, 19, 0, rows * 4)]
+    if weights == "bfloat16":
+        loops[1:2] = []
+        loops = [(d, p and 1, *rest) for d, p, *rest in loops]
+    trips = subject.trips(scheduled("confidence_head.1", *loops, grid=(1, 1, 10)))
+    cast = [32] if weights == "int8" else []
+    assert trips == [10, *cast, 4, 3.2, 4, rows * 4 / 10]
 
 
 def test_every_kernel_has_a_measurement():
