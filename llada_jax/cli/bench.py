@@ -114,6 +114,11 @@ def _roofline(args: argparse.Namespace) -> int:
     from llada_jax.bench.roofline import bench_roofline
 
     kernels = json.loads(args.kernels.read_text()) if args.kernels else ()
+    if kernels and not any("rows" in call for call in kernels):
+        raise UsageError(
+            f"--kernels {args.kernels} holds no calls: make it by `python -m "
+            "pallas_kernels.report --json --rows 1 8 32 --weights bfloat16 int8 fp8 int4`"
+        )
     batches = tuple(dict.fromkeys(args.batch or [1, 8, 32]))
     rows = [
         row
@@ -141,11 +146,14 @@ def _roofline(args: argparse.Namespace) -> int:
 def _roofline_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """The limits as text; models are named where there are several."""
     header = ["chip", "weights", "rows", "GB", "GFLOP", "bound", "fwd/s", "tok/s S", "tok/s Q"]
-    header += ["fits", "kernels ms", "issue ms", "fwd/s by kernels", "bound by kernels"]
+    header.append("fits")
+    compiled = any(row["compiler"] for row in rows)
+    if compiled:
+        header += ["kernels ms", "issue ms", "fwd/s by kernels", "bound by kernels"]
     several = len({row["model"] for row in rows}) > 1
     lines = []
     for row in rows:
-        sums, compiled = row["arithmetic"], row["compiler"]
+        sums = row["arithmetic"]
         speeds = sums["tokens_per_second"]
         chip = f"{row['chip']} {row['model']}" if several else row["chip"]
         lines.append(
@@ -159,7 +167,7 @@ def _roofline_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[st
                 f"{sums['forwards_per_second']:.0f}",
                 *(f"{speeds[m]:.0f}" if m in speeds else "" for m in ("speed", "quality")),
                 "yes" if sums["fits"] else "no",
-                *_kernel_cells(compiled),
+                *(_kernel_cells(row["compiler"]) if compiled else ()),
             ]
         )
     return header, lines

@@ -89,6 +89,7 @@ def confidence_head(
     tokens = rows * model.block
     size = tokens, model.dim, model.vocabulary
     tiling = choose(*size, 2, 1 if weights == "int8" else 2)
+    noted = tiling.chunk_rows // next(n for n in (64, 32, 16) if tiling.chunk_rows % n == 0)
 
     def head(hidden, weight):
         return api.confidence_head(hidden, weight, implementation="pallas")
@@ -100,10 +101,10 @@ def confidence_head(
         products = 0
         for i, loop in enumerate(schedule.loops):
             products += loop.depth > 1 and loop.usage.used[MXU] > 0
-            if loop.depth > 2 and not loop.usage.used[MXU]:
-                # Mending marked chunks, 8 rows at a time: the last one alone. The other such loop
-                # notes the scores of every chunk.
-                if loop.trips == tiling.chunk_rows // 8:
+            if loop.trips == noted and not loop.usage.used[MXU]:
+                found[i] = float(noted)  # scores of every chunk
+            elif loop.depth > 2 and not loop.usage.used[MXU]:
+                if loop.trips == tiling.chunk_rows // 8:  # mending marked chunks: the last alone
                     found[i] /= steps
             elif loop.depth == 2 and not products and weights != "bfloat16":
                 found[i] = float(loop.trips or 1)  # casting a tile, before all its chunks

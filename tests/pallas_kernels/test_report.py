@@ -223,5 +223,13 @@ def test_trips_of_the_head(rows, weights):
     assert trips == [10, *cast, 4, 3.2, 4, rows * 4 / 10]
 
 
+def test_trips_of_flashs_head():
+    """Its tiles are one chunk: the loops lie in the grid's own."""
+    subject = ours.confidence_head(work.MODELS["flash"], "v5e")
+    loops = (1, None, 5, 9, 12), (2, 0, 13, 0, 32), (2, 0, 17, 0, 4), (2, 0, 19, 0, 32)
+    trips = subject.trips(scheduled("confidence_head.1", *loops, grid=(1, 1, 10)))
+    assert trips == [10, 3.2, 4, 3.2]
+
+
 def test_every_kernel_has_a_measurement():
     assert set(measure._MEASURES) == set(measure.KERNELS)
