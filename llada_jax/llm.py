@@ -134,8 +134,10 @@ class LLM:
         except ChatError as error:
             self.chat_template, self._no_chat = None, error
         self.max_batch_size = max_batch_size
-        if kernels is None and not _on_tpu(self.params):
-            kernels = "xla"  # the same, without tracing the kernels
+        if not _on_tpu(self.params):
+            if kernels == "pallas":
+                raise ValueError("kernels = 'pallas' needs a TPU; leave it None, or use 'xla'")
+            kernels = "xla"  # what None means here, without tracing the kernels
         self.denoiser = ModelDenoiser(
             LLaDA2(self.config, dtype=dtype, kernels=kernels),
             mesh,

@@ -390,8 +390,14 @@ def main(arguments: Sequence[str]) -> int:
     """The command line: ``FOLDER [name]``."""
     if len(arguments) == 2 and arguments[0] == "--measure":
         _measure_here(arguments[1])
+    elif not arguments or arguments[0].startswith("-"):
+        print(__doc__)
     else:
-        print("\n".join(map(describe, collect(*arguments[:2]))) if arguments else __doc__)
+        found = collect(*arguments[:2]) if os.path.isdir(arguments[0]) else []
+        if not found:
+            print(f"no schedules in {arguments[0]}", file=sys.stderr)
+            return 1
+        print("\n".join(map(describe, found)))
     return 0
 
 

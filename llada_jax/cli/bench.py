@@ -113,8 +113,13 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
 def _roofline(args: argparse.Namespace) -> int:
     from llada_jax.bench.roofline import bench_roofline
 
-    kernels = json.loads(args.kernels.read_text()) if args.kernels else ()
-    if kernels and not any("rows" in call for call in kernels):
+    kernels: Any = ()
+    if args.kernels:
+        try:
+            kernels = json.loads(args.kernels.read_text())
+        except ValueError as error:
+            raise UsageError(f"--kernels {args.kernels} is not JSON: {error}") from error
+    if args.kernels and not (isinstance(kernels, list) and any("rows" in c for c in kernels)):
         raise UsageError(
             f"--kernels {args.kernels} holds no calls: make it by `python -m "
             "pallas_kernels.report --json --rows 1 8 32 --weights bfloat16 int8 fp8 int4`"

@@ -13,12 +13,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from pallas_kernels.chips import CHIPS
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Compiles everything, prints figures; progress goes to stderr."""
+    from pallas_kernels.report import table
     from pallas_kernels.report.measure import KERNELS
     from pallas_kernels.report.work import ROWS, WEIGHTS
 
@@ -37,10 +39,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, help="how they are stored")
     args = parser.parse_args(arguments)
+    recorded: list[dict[str, Any]] = []
+    try:  # before minutes of compiling
+        if args.recorded is not None:
+            recorded = json.loads(args.recorded.read_text())
+            if not isinstance(recorded, list) or not recorded:
+                raise ValueError(f"{args.recorded} holds no figures; make it with --json")
+        if args.into is not None:
+            table.insert(args.into.read_text(), "")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
     os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler needs no chip
     from pallas_kernels import aot
-    from pallas_kernels.report import table
     from pallas_kernels.report.call import Call
     from pallas_kernels.report.entry import Entry
     from pallas_kernels.report.measure import calls, entries
@@ -52,7 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     found: list[Entry | Call]
     if args.recorded is not None:
-        recorded = json.loads(args.recorded.read_text())
         found = [
             Call.from_dict(values) if "rows" in values else Entry.from_dict(values)
             for values in recorded
