@@ -184,7 +184,9 @@ def kernel(
             for head in range(heads):
                 values = value_buffer[slot, head, rows].astype(jnp.float32)
                 valid = i * GRANULE + jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) < left
-                value_buffer[slot, head, rows] = jnp.where(valid, values, 0.0).astype(dtype)
+                value_buffer[slot, head, rows] = jnp.where(valid, values, 0.0).astype(
+                    value_buffer.dtype
+                )
 
     def take(tile_index):
         """Waits for this row's next tile and returns its slot; two tiles before are free now."""

@@ -66,7 +66,7 @@ def test_evaluation_is_what_conversations_give(chat_llm, monkeypatch):
     monkeypatch.undo()
     # One shape of two rows: a batch to compile it, then the two that are timed.
     assert [rows for rows, _ in compiled] == [2, 2, 2]
-    assert [count > 0 for _, count in compiled] == [True, False, False]
+    assert [count for _, count in compiled[1:]] == [0, 0]
     problems = held_out_problems(CountOn(), 4, 1)
     assert found.n == len(problems) == 4
     assert sorted(problem.prompt for problem, _, _ in seen) == sorted(p.prompt for p in problems)
